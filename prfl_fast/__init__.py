@@ -1,0 +1,80 @@
+"""Exact reward gradients through the whole sampling chain of a video diffusion transformer, in bounded memory.
+
+The drop-in call is :func:`unrolled_sample`; :class:`LatentRewardModel` scores a noisy latent at any noise level.
+Names are imported on first use, so that ``import prfl_fast`` costs next to nothing beyond torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prfl_fast.memory.plan import InfeasibleBudget, MemoryPlan
+    from prfl_fast.reward import (
+        LatentRewardModel,
+        QueryAttentionPool,
+        bradley_terry_loss,
+        reward_bce_loss,
+        reward_feedback_loss,
+    )
+    from prfl_fast.sampling.compare import compare_gradients
+    from prfl_fast.sampling.door import unrolled_sample
+    from prfl_fast.sampling.guard import ModelChangedError
+    from prfl_fast.sampling.modes import GradientMode
+    from prfl_fast.sampling.pipeline_inputs import pipeline_inputs
+    from prfl_fast.sampling.sample import Sample, Tap
+    from prfl_fast.solvers import NonlinearSchedulerError, SolverTable
+
+_HOME = {
+    "GradientMode": "prfl_fast.sampling.modes",
+    "InfeasibleBudget": "prfl_fast.memory.plan",
+    "LatentRewardModel": "prfl_fast.reward",
+    "MemoryPlan": "prfl_fast.memory.plan",
+    "ModelChangedError": "prfl_fast.sampling.guard",
+    "NonlinearSchedulerError": "prfl_fast.solvers",
+    "QueryAttentionPool": "prfl_fast.reward",
+    "Sample": "prfl_fast.sampling.sample",
+    "SolverTable": "prfl_fast.solvers",
+    "Tap": "prfl_fast.sampling.sample",
+    "bradley_terry_loss": "prfl_fast.reward",
+    "compare_gradients": "prfl_fast.sampling.compare",
+    "pipeline_inputs": "prfl_fast.sampling.pipeline_inputs",
+    "reward_bce_loss": "prfl_fast.reward",
+    "reward_feedback_loss": "prfl_fast.reward",
+    "unrolled_sample": "prfl_fast.sampling.door",
+}
+
+__all__ = [
+    "GradientMode",
+    "InfeasibleBudget",
+    "LatentRewardModel",
+    "MemoryPlan",
+    "ModelChangedError",
+    "NonlinearSchedulerError",
+    "QueryAttentionPool",
+    "Sample",
+    "SolverTable",
+    "Tap",
+    "bradley_terry_loss",
+    "compare_gradients",
+    "pipeline_inputs",
+    "reward_bce_loss",
+    "reward_feedback_loss",
+    "unrolled_sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'prfl_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
