@@ -1,0 +1,95 @@
+# `make demo` and `make test` do all the set-up that they need. `make help` lists the rest.
+
+PYTHON    ?= python3
+VENV      ?= .venv
+SYSTEM    ?=
+TORCH     ?= auto
+OUT       ?= out
+PIP_FLAGS ?=
+DEMO_ARGS ?=
+
+ifeq ($(SYSTEM),1)
+PY    := $(PYTHON)
+READY := build/system-environment-ready
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.prfl-fast-ready
+endif
+
+# --no-compile: byte-compiling what is never imported takes longer than the rest of the installation.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit demo-tiny environment clean
+
+help:
+	@echo 'make demo    set up, train the demo, write $(OUT)/index.html (install time is printed apart)'
+	@echo 'make test    set up, ruff, mypy, pytest, the demo in its tiny setting'
+	@echo 'make lint    set up, ruff and mypy alone'
+	@echo 'make clean   remove build outputs, caches and $(OUT)/; the environment stays'
+	@echo
+	@echo 'VENV=DIR     environment to make or to reuse (now: $(VENV))'
+	@echo 'SYSTEM=1     use $(PYTHON) as it is and install there what is missing'
+	@echo 'PYTHON=...   interpreter to make the environment with, 3.10 or newer'
+	@echo 'TORCH=cpu    pin torch as on a machine without a GPU'
+	@echo 'PIP_FLAGS=   more flags for pip install, --extra-index-url for example'
+	@echo 'OUT=DIR      where make demo writes (now: $(OUT))'
+	@echo 'DEMO_ARGS=   more flags for prfl-fast demo; prfl-fast demo --help lists them'
+
+# ------------------------------------------------------------------------------------------------ environment
+
+environment: $(READY)
+
+# An environment is made when its interpreter is missing, and never removed.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'prfl_fast needs Python 3.10 or newer: make PYTHON=python3.x ...' >&2; exit 1; }
+	@echo 'making the environment $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+
+ifneq ($(SYSTEM),1)
+$(READY): | $(VENV)/bin/python
+endif
+
+# Which torch: an environment that has one keeps it; without a GPU (or with TORCH=cpu) one release is pinned, because
+# the newest brings gigabytes of CUDA libraries; with a GPU the newest wheel is the right one.
+$(READY): pyproject.toml setup.py
+	@mkdir -p build
+	@start=$$(date +%s); \
+	have=$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true); \
+	if [ -n "$$have" ]; then \
+	  echo "torch==$$have" > build/constraints.txt; echo "keeping torch $$have"; \
+	elif [ '$(TORCH)' = cpu ] || ! command -v nvidia-smi >/dev/null 2>&1; then \
+	  printf 'torch==2.13.0\ntriton==3.8.0\n' > build/constraints.txt; echo 'no GPU asked for: torch 2.13.0'; \
+	else \
+	  : > build/constraints.txt; echo 'GPU found: the newest torch'; \
+	fi; \
+	echo 'installing prfl_fast and what its demo and tests need'; \
+	$(PIP) 'setuptools>=77' && \
+	$(PIP) --no-build-isolation -c build/constraints.txt -e '.[test]' && \
+	echo $$(( $$(date +%s) - start )) > $@ && \
+	echo "installed in $$(cat $@) s"
+
+# ------------------------------------------------------------------------------------------------ what it is for
+
+demo: $(READY)
+	@start=$$(date +%s); \
+	$(PY) -m prfl_fast.cli demo --output $(OUT) $(DEMO_ARGS) && \
+	echo "install $$(cat $(READY)) s (once), demo $$(( $$(date +%s) - start )) s; open $(OUT)/index.html"
+
+test: lint unit demo-tiny
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# One thread a process: the tests are many small calls, which a pool of threads only slows down.
+unit: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+demo-tiny: $(READY)
+	$(PY) -m prfl_fast.cli demo --tiny --output build/demo-tiny
+
+clean:
+	rm -rf build dist *.egg-info $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find prfl_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

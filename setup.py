@@ -1,0 +1,5 @@
+"""Everything that is not code lives in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

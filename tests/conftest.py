@@ -1,0 +1,39 @@
+"""What every test starts from: a fixed seed, no network, and nothing left changed for the next one."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+# Before diffusers or transformers are imported by any test: nothing here may reach for a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start_same_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seed by the test's name (another order, the same inputs) and catch global state that a test leaves behind."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    yield
+    left = []
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        left.append("gradients switched off")
+    if torch.get_default_dtype() is not torch.float32:
+        torch.set_default_dtype(torch.float32)
+        left.append("another default dtype")
+    if left:
+        pytest.fail(f"the test leaves {' and '.join(left)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
