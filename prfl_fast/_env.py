@@ -1,0 +1,22 @@
+"""The one place where the process environment is read; everything else takes arguments."""
+
+from __future__ import annotations
+
+import os
+
+# Set by others (torch, CUDA, the launcher) and worth seeing when a run is slow or a device is missing.
+_WORTH_SHOWING = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "TRITON_INTERPRET",
+    "HF_HUB_OFFLINE",
+)
+
+
+def variables_worth_showing() -> dict[str, str]:
+    """Variables of other packages that change how a run behaves and that are set now; prfl_fast itself has none."""
+    return {name: os.environ[name] for name in _WORTH_SHOWING if name in os.environ}

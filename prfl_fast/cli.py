@@ -1,0 +1,105 @@
+"""Command line: one thin function a command. Numbers, defaults and work live in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import prfl_fast
+
+EXIT_FAILED = 1  # the command ran and what it checked does not hold
+EXIT_USAGE = 2  # what was asked for cannot be done as asked
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+
+    ``arguments`` are the words after the program's name (``sys.argv[1:]`` when not given).
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ImportError, OSError, ValueError) as error:
+        # What a user can mend is raised as one of these, with a sentence that says how.
+        if options.traceback:
+            raise
+        print(f"prfl-fast {options.command}: {error}", file=sys.stderr)
+        print("(--traceback shows where it was raised)", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Train the demo and write its report; see :func:`prfl_fast.demo.run_demo`."""
+    from prfl_fast.demo import DemoSettings, run_demo
+
+    # Flags that were not given are absent, so every default stands in DemoSettings alone.
+    given = {name: value for name, value in vars(options).items() if name not in {"command", "run", "traceback"}}
+    run_demo(DemoSettings(**given))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Say what is installed, what is missing and what that costs; with ``--gradients`` check exactness too."""
+    from prfl_fast.doctor import examine, render, to_json
+
+    if options.model is not None and not options.gradients:
+        raise ValueError("--model names the config of the gradient check: give --gradients with it")
+    findings = examine(gradients=options.gradients, model=options.model)
+    print(to_json(findings) if options.json else render(findings))
+    return 0 if findings.healthy else EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prfl-fast", description="Exact reward gradients through the whole sampling chain, in bounded memory."
+    )
+    parser.add_argument("--version", action="version", version=f"prfl-fast {prfl_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser(
+        "demo",
+        help="align a small video model with a latent process reward and write a report",
+        description="Trains on the CPU in minutes and writes a self-contained index.html and summary.json.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.set_defaults(run=demo)
+    command.add_argument("--output", metavar="DIR", help="where the report goes")
+    command.add_argument("--clips", metavar="DIR", help="take the moving pictures from these videos (extra: video)")
+    command.add_argument("--from-scratch", action="store_true", help="train the base model instead of loading it")
+    command.add_argument("--study", action="store_true", help="the long comparison: seeds, equal time, equal updates")
+    command.add_argument("--tiny", action="store_true", help="every stage with next to no work: a smoke test")
+    command.add_argument("--seed", type=int, help="seed of everything drawn")
+    command.add_argument("--seconds", type=float, help="training time of each arm, in seconds")
+    command.add_argument("--memory-budget", metavar="BYTES", help="for the rollout's graph: 200MB, 1GiB, ...")
+    _add_traceback(command)
+
+    command = commands.add_parser(
+        "doctor",
+        help="what is installed, what is missing, what that costs; are the gradients exact here",
+        description="Exit code 1 when something that is needed does not work or the gradient check fails.",
+    )
+    command.set_defaults(run=doctor)
+    command.add_argument("--gradients", action="store_true", help="compare with plain autograd on a tiny twin model")
+    command.add_argument(
+        "--model", metavar="PATH", help="config.json, model folder or pipeline folder that the twin is shrunk from"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_traceback(command)
+    return parser
+
+
+def _add_traceback(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--traceback", action="store_true", default=False, help="show where an error was raised")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
