@@ -1,0 +1,143 @@
+"""The command line: what it hands on, its exit codes, and that a user's mistake shows no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prfl_fast
+from prfl_fast import cli, doctor
+from prfl_fast.exactness import Comparison, GradientCheck
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "doctor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["paint"], ["demo", "--seed", "many"], ["doctor", "--no-such-flag"]])
+def test_what_the_parser_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: prfl-fast" in capsys.readouterr().err
+
+
+def test_the_version_is_printed_without_torch() -> None:
+    code = "import sys; sys.argv = ['prfl-fast', '--version']\nfrom prfl_fast.cli import main\ntry: main()\n" + (
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\n")[:2] == [f"prfl-fast {prfl_fast.__version__}", "False"]
+
+
+def stub_demo(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Any]:
+    from prfl_fast.demo import run as demo
+
+    seen: list[Any] = []
+
+    def take(settings: Any) -> None:
+        seen.append(settings)
+        run()
+
+    monkeypatch.setattr(demo, "run_demo", take)
+    return seen
+
+
+def test_flags_of_the_demo_reach_its_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from prfl_fast.demo.run import DemoSettings
+
+    seen = stub_demo(monkeypatch, lambda: None)
+    flags = ["--output", str(tmp_path), "--tiny", "--seed", "7", "--seconds", "2.5", "--from-scratch"]
+    assert cli.main(["demo", *flags]) == 0
+    assert cli.main(["demo"]) == 0
+    settings, untouched = seen
+    assert Path(settings.output) == tmp_path
+    assert (settings.tiny, settings.seed, settings.seconds, settings.from_scratch) == (True, 7, 2.5, True)
+    assert untouched == DemoSettings()  # no default of its own on the command line
+
+
+def refuse() -> None:
+    raise ValueError("clips: /nowhere holds no video")
+
+
+def test_a_mistake_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stub_demo(monkeypatch, refuse)
+    assert cli.main(["demo"]) == 2
+    shown = capsys.readouterr()
+    assert "prfl-fast demo: clips: /nowhere holds no video" in shown.err
+    assert "Traceback" not in shown.err
+    with pytest.raises(ValueError, match="nowhere"):
+        cli.main(["demo", "--traceback"])
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down() -> None:
+        raise RuntimeError("a bug")
+
+    stub_demo(monkeypatch, break_down)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["demo"])
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stub_demo(monkeypatch, interrupt)
+    assert cli.main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_doctor_names_versions_and_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "_OPTIONAL", (("no-such-package", "no_such_package", "video", "nothing can be seen"),))
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert prfl_fast.__version__ in shown
+    assert "missing: nothing can be seen; pip install 'prfl-fast[video]'" in shown
+    assert "cpu" in shown
+
+
+def test_doctor_fails_on_a_broken_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "broken_package.py").write_text("raise ImportError('libmissing.so: not found')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_OPTIONAL", (("broken-package", "broken_package", "", "-"),))
+    assert cli.main(["doctor"]) == 1
+    assert "libmissing.so: not found" in capsys.readouterr().out
+
+
+def test_doctor_reports_warnings_of_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    def check(model: Any) -> GradientCheck:
+        warnings.warn_explicit("fell back to the slow road", UserWarning, str(Path(doctor.__file__)), 1)
+        warnings.warn_explicit("somebody else's", UserWarning, "/elsewhere/module.py", 1)
+        return GradientCheck("Net", "Scheduler", 1, [])
+
+    monkeypatch.setattr(doctor, "_OPTIONAL", ())
+    monkeypatch.setattr(doctor, "check_gradients", check)
+    assert doctor.examine(gradients=True).notices == ["fell back to the slow road"]
+
+
+def test_doctor_json_and_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = GradientCheck("Net", "Scheduler", 4, [Comparison("chain", "latents", 0.5, 1e-6)])
+    monkeypatch.setattr(doctor, "_OPTIONAL", ())
+    monkeypatch.setattr(doctor, "check_gradients", lambda model: outcome)
+    assert cli.main(["doctor", "--gradients", "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["healthy"] is False
+    assert content["gradients"]["passed"] is False
+    assert content["gradients"]["comparisons"][0]["error"] == 0.5
+
+
+def test_model_without_gradients_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", "somewhere"]) == 2
+    assert "--gradients" in capsys.readouterr().err
