@@ -1,0 +1,143 @@
+"""One network call of the chain, constant or differentiable, and the guided prediction made of one or two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from prfl_fast.memory.blocks import recompute_blocks
+from prfl_fast.models.base import Adapter
+from prfl_fast.sampling.modes import StepWeights
+from prfl_fast.sampling.nodes import scale_gradient
+from prfl_fast.sampling.request import Conditioning, Request
+from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.watch import CallWatch
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters out of the graph for one call: its input's gradient alone is wanted."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def detach_conditioning(conditioning: Conditioning) -> Conditioning:
+    """The same keyword arguments, tensors cut from the graph."""
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in conditioning.items()}
+
+
+class Caller:
+    """Makes the network calls of one request. Everything that a recomputation needs is bound by value, here."""
+
+    def __init__(
+        self,
+        request: Request,
+        run: Run,
+        conditioning: Sequence[Conditioning] | None = None,
+        negative: Sequence[Conditioning] | None = None,
+    ) -> None:
+        self._request = request
+        self._run = run
+        self._conditioning = request.conditioning if conditioning is None else conditioning
+        self._negative = request.negative if negative is None else negative
+
+    def _evaluate(
+        self, step: int, adapter: Adapter, watch: CallWatch | None, freeze: bool, x: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The call itself; runs once in the forward and once more when it is recomputed in a backward."""
+        request, run = self._request, self._run
+        with run.undoing(), ExitStack() as stack:
+            run.network_calls += 1
+            if run.in_backward:
+                run.guard.check()
+            module = adapter.module()
+            if freeze and module is not None:
+                stack.enter_context(_frozen(module))
+            if request.plan.recompute == "blocks" and torch.is_grad_enabled() and module is not None:
+                stack.enter_context(recompute_blocks(module, [block for _, block in adapter.blocks()]))
+            if watch is not None:
+                stack.enter_context(watch.watching())
+            timestep = request.timesteps[step]
+            scaled = request.solver.scale_input(step, x)
+            overrides = request.prepare_input(scaled, timestep, step) if request.prepare_input else None
+            prediction = adapter(scaled, timestep, conditioning, overrides)
+            if watch is not None:
+                watch.output(prediction)
+            return prediction
+
+    def _watch(self, step: int, adapter: Adapter, branch: str) -> CallWatch | None:
+        request = self._request
+        if not (request.verify_recompute or request.detect_nonfinite):
+            return None
+        return CallWatch(
+            f"step {step}, {branch} branch",
+            adapter.blocks(),
+            nonfinite=request.detect_nonfinite,
+            recompute=request.verify_recompute,
+        )
+
+    def constant(self, step: int, branch: str, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """A call without gradient."""
+        adapter = self._network(step).adapter
+        with torch.no_grad():
+            return self._evaluate(step, adapter, self._watch(step, adapter, branch), False, x.detach(), conditioning)
+
+    def differentiable(
+        self, step: int, branch: str, x: Tensor, conditioning: Conditioning, weights: StepWeights, keep_graph: bool
+    ) -> Tensor:
+        """A call with a backward: a non-reentrant checkpoint, or the kept graph itself.
+
+        The weights act outside the network: the output's gradient is scaled by the parameter weight, and the
+        input's by the ratio of the two; so one vector-Jacobian product serves both.
+        """
+        adapter = self._network(step).adapter
+        freeze = weights.parameters == 0
+        outer = weights.input if freeze else weights.parameters
+        x = x.detach() if weights.input == 0 else scale_gradient(x, weights.input / outer)
+        if freeze:
+            conditioning = detach_conditioning(conditioning)
+        call = partial(self._evaluate, step, adapter, self._watch(step, adapter, branch), freeze)
+        if keep_graph:
+            prediction = call(x, conditioning)
+        else:
+            # A recomputation stops at the last tensor that the backward needs; to compare outputs it must not.
+            with set_checkpoint_early_stop(not self._request.verify_recompute):
+                result: Any = checkpoint(call, x, conditioning, use_reentrant=False)
+            prediction = result
+        return scale_gradient(prediction, outer)
+
+    def predict(self, step: int, x: Tensor, weights: StepWeights, keep_graph: bool) -> Tensor:
+        """The guided prediction of a step; ``keep_graph`` keeps the graph of its last differentiable call."""
+        request = self._request
+        network = self._network(step)
+        conditioning = self._conditioning[step - request.start_step]
+        both = network.guided and request.guidance.both_branches
+        if weights.zero:
+            conditional = self.constant(step, "conditional", x, conditioning)
+        else:
+            conditional = self.differentiable(
+                step, "conditional", x, conditioning, weights, keep_graph and not both
+            )
+        if not network.guided:
+            return conditional
+        negative = self._negative[step - request.start_step]
+        if weights.zero or not request.guidance.both_branches:
+            unconditional = self.constant(step, "unconditional", x, negative)
+        else:
+            unconditional = self.differentiable(step, "unconditional", x, negative, weights, keep_graph)
+        return request.guidance.combine(conditional, unconditional, network.scale, step)
+
+    def _network(self, step: int) -> Any:
+        return self._request.networks[step - self._request.start_step]

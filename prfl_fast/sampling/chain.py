@@ -1,0 +1,103 @@
+"""The chain as an ordinary autograd graph (``graph="chain"``).
+
+The solver's steps are linear operations in the graph; each differentiated network call is one non-reentrant
+checkpoint, the last one excepted, whose graph is kept. So what lives between forward and backward is one latent per
+step and one call's graph, whatever the number of steps.
+
+Taps whose masks agree on every step so far share one *lane*, that is one graph. Where they part, the values stay the
+same and the graphs go their own ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+from tqdm import tqdm
+
+from prfl_fast.sampling.calls import Caller
+from prfl_fast.sampling.modes import StepWeights
+from prfl_fast.sampling.nodes import prediction_node, root
+from prfl_fast.sampling.request import Request
+from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.sample import Sample, Tap
+
+
+@dataclass
+class _Lane:
+    taps: tuple[int, ...]
+    state: tuple[Tensor, ...]
+
+
+def _split(request: Request, lanes: list[_Lane], step: int) -> list[tuple[_Lane, StepWeights]]:
+    """Lanes of the taps that are still ahead, parted where this step's weights differ."""
+    parted: list[tuple[_Lane, StepWeights]] = []
+    for lane in lanes:
+        groups: dict[StepWeights, list[int]] = {}
+        for tap in lane.taps:
+            if step < request.mode.taps[tap]:
+                groups.setdefault(request.mode.weights(tap, step), []).append(tap)
+        parted.extend((_Lane(tuple(taps), lane.state), weights) for weights, taps in groups.items())
+    # Lanes with a gradient first: those without take their value.
+    return sorted(parted, key=lambda pair: pair[1].zero)
+
+
+class _RandomState:
+    """The random state before a call, so that a second lane's call draws the same dropout."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._cpu = torch.get_rng_state()
+        self._devices = get_device_states(x)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        set_device_states(*self._devices)
+
+
+def run_chain(request: Request) -> Sample:
+    """Samples, and leaves the graph behind the taps."""
+    run = Run(request)
+    caller = Caller(request, run)
+    solver, mode = request.solver, request.mode
+    last_differentiated = max(
+        (i for i in range(request.start_step, request.last_step) if request.differentiated(i)), default=-1
+    )
+    lanes = [_Lane(tuple(range(len(mode.taps))), solver.initial_state(request.latents))]
+    taps: dict[int, Tap] = {}
+    x = prediction = request.latents
+    steps = range(request.start_step, request.last_step)
+    for step in tqdm(steps, desc="sampling", unit="step", disable=not request.progress):
+        noise = solver.draw_noise(step, lanes[0].state[0], request.generator)
+        parted = _split(request, lanes, step)
+        gradient_lanes = sum(not weights.zero for _, weights in parted)
+        random_state = _RandomState(lanes[0].state[0]) if gradient_lanes > 1 else None
+        lanes, value = [], None
+        for number, (lane, weights) in enumerate(parted):
+            x = lane.state[0]
+            if weights.zero and value is not None:
+                prediction = value
+            else:
+                if number and random_state is not None:
+                    random_state.restore()
+                keep = step == last_differentiated and number == gradient_lanes - 1 and request.plan.keep_last_call
+                prediction = caller.predict(step, x, weights, keep)
+                value = prediction.detach()
+            if prediction.requires_grad:
+                prediction = prediction_node(prediction, run, step)
+            state = solver.step(step, lane.state, prediction, noise, request.latent_mask)
+            lanes.append(_Lane(lane.taps, state))
+            for tap in lane.taps:
+                if mode.taps[tap] == step + 1:
+                    latents = root(state[0], run) if state[0].requires_grad else state[0]
+                    taps[tap] = Tap(latents, request.timestep_after(step + 1), float(solver.sigmas[step + 1]), step + 1)
+    return Sample(
+        taps=tuple(taps[k] for k in range(len(mode.taps))),
+        plan=request.plan,
+        gradient_mode=mode.name,
+        _run=run,
+        _last_input=x,
+        _last_prediction=prediction,
+        _original=solver.original_coefficients(request.last_step - 1),
+    )

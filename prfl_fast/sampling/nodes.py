@@ -1,0 +1,81 @@
+"""The few nodes that a chain puts into the autograd graph: identities in the forward, duties in the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prfl_fast.sampling.run import Run
+
+
+class _Root(torch.autograd.Function):
+    """Sits on a tap's latents: the first node of ours that a backward reaches."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, run: Run) -> Tensor:
+        ctx.run = run
+        return latents.view_as(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        run: Run = ctx.run
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True is unsupported: the gradient through the sampling chain can't be differentiated "
+                "again. Call backward or torch.autograd.grad without create_graph."
+            )
+        # Two taps in one backward begin it once; one that was left by an exception elsewhere does not count.
+        task = torch._C._current_graph_task_id()
+        if not run.in_backward or run.backward_task != task:
+            run.begin_backward()
+            run.backward_task = task
+            # Runs when this whole backward is through; an exception never reaches it.
+            torch.autograd.Variable._execution_engine.queue_callback(run.end_backward)  # type: ignore[attr-defined]
+        return gradients[0], None
+
+
+class _Prediction(torch.autograd.Function):
+    """Sits on a step's prediction: notes the gradient that reaches the network there."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, run: Run, step: int) -> Tensor:
+        ctx.run, ctx.step = run, step
+        return prediction.view_as(prediction)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.run.record(ctx.step, gradients[0])
+        return gradients[0], None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def root(latents: Tensor, run: Run) -> Tensor:
+    """Identity; in the backward checks the guard and begins the gradients' transaction."""
+    result: Tensor = _Root.apply(latents, run)  # type: ignore[no-untyped-call]
+    return result
+
+
+def prediction_node(prediction: Tensor, run: Run, step: int) -> Tensor:
+    """Identity; in the backward records the gradient's norm."""
+    result: Tensor = _Prediction.apply(prediction, run, step)  # type: ignore[no-untyped-call]
+    return result
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """Identity whose gradient is multiplied by ``factor``."""
+    if factor == 1 or not tensor.requires_grad:
+        return tensor
+    result: Tensor = _ScaleGradient.apply(tensor, factor)  # type: ignore[no-untyped-call]
+    return result

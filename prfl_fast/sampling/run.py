@@ -1,0 +1,98 @@
+"""What one chain shares between its forward and its backward: guard, gradients' transaction, norms, progress.
+
+A run has a forward and any number of backwards (``retain_graph``). Its parts are reached from the nodes that the chain
+puts into the autograd graph (nodes.py) and from the network calls (calls.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prfl_fast.sampling.guard import ModelGuard
+from prfl_fast.sampling.request import Request
+from prfl_fast.sampling.transaction import GradientTransaction
+
+
+class Run:
+    """State of one chain; see the module's text."""
+
+    def __init__(self, request: Request) -> None:
+        self.guard = ModelGuard(request.modules)
+        self._transaction = GradientTransaction(_leaves(request))
+        self._squared_norms: dict[int, Tensor] = {}
+        self._num_steps = request.solver.num_steps
+        self._backward_steps = sum(request.differentiated(i) for i in range(request.start_step, request.last_step))
+        self._show = request.progress
+        self._bar: tqdm[None] | None = None
+        self.in_backward = False
+        self.backward_task = -1
+        self.network_calls = 0
+
+    def begin_backward(self) -> None:
+        """First thing in every backward: the model must be as it was, and `.grad` is remembered."""
+        self.guard.check()
+        self._transaction.begin()
+        self._squared_norms.clear()
+        self.in_backward = True
+        if self._show:
+            self._bar = tqdm(total=self._backward_steps, desc="backward", unit="step")
+
+    def end_backward(self) -> None:
+        """The backward went through."""
+        self._transaction.commit()
+        self._close()
+
+    def fail_backward(self) -> None:
+        """The backward was left by an exception: `.grad` is put back."""
+        self._transaction.rollback()
+        self._close()
+
+    def _close(self) -> None:
+        self.in_backward = False
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Code of ours that runs inside a backward: whatever leaves it undoes the backward."""
+        try:
+            yield
+        except BaseException:
+            if self.in_backward:
+                self.fail_backward()
+            raise
+
+    def record(self, step: int, gradient: Tensor) -> None:
+        """Notes the gradient that reaches the prediction of a step; nothing is synchronised with the device."""
+        squared = gradient.detach().double().square().sum()
+        previous = self._squared_norms.get(step)
+        self._squared_norms[step] = squared if previous is None else previous + squared
+        if self._bar is not None and previous is None:
+            self._bar.update()
+
+    def gradient_norms(self) -> Tensor:
+        """[num_steps] float64 on the CPU, NaN where no gradient reached the network."""
+        norms = torch.full((self._num_steps,), float("nan"), dtype=torch.float64)
+        for step, squared in self._squared_norms.items():
+            norms[step] = squared.sqrt().item()
+        return norms
+
+
+def _leaves(request: Request) -> Iterator[Tensor]:
+    """Every leaf whose `.grad` a backward of this chain can touch."""
+    seen: set[int] = set()
+    candidates: list[object] = [request.latents]
+    for kwargs in (*request.conditioning, *request.negative):
+        candidates.extend(kwargs.values())
+    for module in request.modules:
+        candidates.extend(module.parameters())
+    for value in candidates:
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen.add(id(value))
+            yield value

@@ -1,0 +1,116 @@
+"""What ``unrolled_sample`` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prfl_fast.memory.plan import MemoryPlan
+from prfl_fast.sampling.run import Run
+
+if TYPE_CHECKING:
+    from prfl_fast.sampling.steps import StepTape
+
+TapLoss = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """The latent after ``step`` steps.
+
+    Attributes:
+        latents: in the layout of the initial latents.
+        timestep: 0-dimensional; that of the next network call, 0 after the last: what a process reward needs.
+        sigma: noise level of these latents.
+        step: number of steps taken.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    sigma: float
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The end of the chain, its taps, and the way back.
+
+    ``latents, timestep, sigma, step`` are those of the last tap. With ``graph="chain"`` they are part of an ordinary
+    autograd graph; with ``graph="steps"`` they are leaves, and :meth:`backward` carries their gradient through the
+    chain.
+    """
+
+    taps: tuple[Tap, ...]
+    plan: MemoryPlan
+    gradient_mode: str
+    _run: Run = field(repr=False)
+    _last_input: Tensor = field(repr=False)
+    _last_prediction: Tensor = field(repr=False)
+    _original: tuple[float, float] = field(repr=False)
+    _tape: StepTape | None = field(default=None, repr=False)
+
+    @property
+    def latents(self) -> Tensor:
+        """Latents of the last tap."""
+        return self.taps[-1].latents
+
+    @property
+    def timestep(self) -> Tensor:
+        """Timestep of the call that would come next; 0 after the last."""
+        return self.taps[-1].timestep
+
+    @property
+    def sigma(self) -> float:
+        """Noise level of ``latents``."""
+        return self.taps[-1].sigma
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self.taps[-1].step
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """The clean latent that the last network call predicts, from its input and output; with ``graph="chain"`` it
+        carries a gradient as ``latents`` does."""
+        a, b = self._original
+        return a * self._last_input + b * self._last_prediction
+
+    @property
+    def gradient_norms(self) -> Tensor:
+        """[number of steps] float64: 2-norm of the gradient that reached the (guided) prediction of each step in the
+        last backward; NaN where none did. Where the gradients of several taps reach a step apart, the root of the sum
+        of their squares."""
+        return self._run.gradient_norms()
+
+    @property
+    def network_calls(self) -> int:
+        """Evaluations of the network so far, recomputations counted in."""
+        return self._run.network_calls
+
+    def backward(self, gradient: Tensor | Sequence[Tensor | None] | TapLoss | None = None) -> Tensor | None:
+        """Only for ``graph="steps"``: walks the chain backwards, one backward per step.
+
+        Args:
+            gradient: None: the ``.grad`` that ``loss.backward()`` left on the taps' latents. A tensor: the gradient
+                of the last tap's latents; a sequence: one per tap. A function ``(latents, timestep, step) -> loss``:
+                called as the sweep reaches each tap, so that one reward's graph lives at a time.
+
+        Returns:
+            The summed loss (detached) when a function was given, else None.
+
+        Raises:
+            RuntimeError: for ``graph="chain"``, for a second call, or when no tap has a gradient.
+            ModelChangedError: the model changed since it sampled.
+        """
+        if self._tape is None:
+            raise RuntimeError(
+                "sample.backward() is for graph='steps'; with graph='chain' call loss.backward() on your loss"
+            )
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("sample.backward() can't run in inference mode")
+        return self._tape.backward(self.taps, gradient)
