@@ -1,0 +1,1 @@
+"""What a network call keeps and recomputes under a byte budget: plans, recomputed blocks, live bytes."""

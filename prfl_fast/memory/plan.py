@@ -1,0 +1,120 @@
+"""The memory plan: what a network call of the chain keeps for its backward and what it recomputes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_RECOMPUTE = ("call", "blocks")
+_WORDS = {"call": "whole calls recomputed", "blocks": "whole calls recomputed, and each block inside them"}
+
+
+class InfeasibleBudget(ValueError):
+    """No plan stays below the budget; ``least_bytes`` is the smallest budget that some plan meets."""
+
+    def __init__(self, budget_bytes: int, least_bytes: int, alternatives: tuple[Alternative, ...] = ()) -> None:
+        super().__init__(
+            f"memory_budget: {_size(budget_bytes)} ({budget_bytes} bytes) can't hold the chain; the least that would "
+            f"do is {_size(least_bytes)} ({least_bytes} bytes). Raise the budget, or make latents, batch or the "
+            "number of trainable parameters smaller."
+        )
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.alternatives = alternatives
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.budget_bytes, self.least_bytes, self.alternatives)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to run the chain and the peak that is predicted for it."""
+
+    recompute: str
+    keep_last_call: bool
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the chain is recomputed; printable, and ``from_json(plan.to_json())`` is the same plan.
+
+    Attributes:
+        recompute: ``"call"``: a network call keeps its input, and runs again as a whole in the backward; ``"blocks"``:
+            moreover every block of the running call keeps its input only, and runs once more.
+        keep_last_call: the last differentiated call keeps its graph, since its backward comes first anyway.
+        budget_bytes: the budget it was chosen for; None: chosen without one.
+        predicted_peak_bytes: weights, gradients, latents and graphs at their peak; None without a budget.
+        alternatives: every way that was looked at, fastest first, with its predicted peak.
+    """
+
+    recompute: str = "call"
+    keep_last_call: bool = True
+    budget_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recompute not in _RECOMPUTE:
+            raise ValueError(f"recompute: expected one of {', '.join(map(repr, _RECOMPUTE))}, got {self.recompute!r}")
+        if not isinstance(self.keep_last_call, bool):
+            raise TypeError(f"keep_last_call: expected True or False, got {self.keep_last_call!r}")
+
+    def __str__(self) -> str:
+        last = "kept" if self.keep_last_call else "recomputed too"
+        lines = [f"{_WORDS[self.recompute]}; the last call's graph is {last}"]
+        if self.budget_bytes is not None:
+            lines[0] += f"; budget {_size(self.budget_bytes)}"
+        if self.predicted_peak_bytes is not None:
+            lines[0] += f", predicted peak {_size(self.predicted_peak_bytes)}"
+        for way in self.alternatives:
+            name = f"{way.recompute}, last call {'kept' if way.keep_last_call else 'recomputed'}"
+            lines.append(f"  {name:<32}{_size(way.peak_bytes):>12}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> MemoryPlan:
+        """The plan of :meth:`to_json`. Raises ValueError for text that holds another thing."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or not fields.keys() <= cls.__dataclass_fields__.keys():
+            raise ValueError(f"text: expected the JSON of a memory plan, got {text[:80]!r}")
+        ways = tuple(Alternative(**way) for way in fields.pop("alternatives", ()))
+        return cls(**fields, alternatives=ways)
+
+
+def choose_plan(budget_bytes: int | None, alternatives: Iterable[Alternative] = ()) -> MemoryPlan:
+    """The fastest alternative that stays within the budget.
+
+    Args:
+        budget_bytes: None: whole-call recomputation with the last call's graph kept, whatever it needs.
+        alternatives: fastest first; drawn one by one until one fits, so predictions may be made on demand.
+
+    Raises:
+        InfeasibleBudget: none fits.
+    """
+    if budget_bytes is None:
+        return MemoryPlan()
+    seen: list[Alternative] = []
+    for way in alternatives:
+        seen.append(way)
+        if way.peak_bytes <= budget_bytes:
+            return MemoryPlan(way.recompute, way.keep_last_call, budget_bytes, way.peak_bytes, tuple(seen))
+    if not seen:
+        raise ValueError("alternatives: expected at least one, got none")
+    raise InfeasibleBudget(budget_bytes, min(way.peak_bytes for way in seen), tuple(seen))
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 1536 -> '1.50 KiB'."""
+    value, unit = float(count), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
