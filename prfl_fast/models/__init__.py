@@ -1,0 +1,44 @@
+"""Model families: one small adapter each. Which network gets which, and which can't be differentiated at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prfl_fast.models.base import Adapter, unwrap
+from prfl_fast.models.generic import CallableAdapter, GenericAdapter, takes_hidden_states
+from prfl_fast.models.transformer import TransformerAdapter
+from prfl_fast.models.trunk import Trunk
+from prfl_fast.models.unusable import refuse_unusable
+from prfl_fast.models.wan import WanAdapter
+
+__all__ = ["Adapter", "Trunk", "adapter_for", "refuse_unusable", "trunk_from_config"]
+
+FAMILIES: dict[str, type[TransformerAdapter]] = {
+    "WanTransformer3DModel": WanAdapter,
+}
+
+
+def adapter_for(network: Any) -> Adapter:
+    """The adapter of a diffusers transformer or callable, seen through compile, DDP, FSDP and peft.
+
+    Families are recognised by the name of a class that the network's class derives from (FSDP2 swaps the class for a
+    derived one); any other module that takes ``hidden_states`` and ``timestep`` is called as diffusers' are; anything
+    else as ``net(x, t, **conditioning)``.
+    """
+    inner = unwrap(network)
+    for cls in type(inner).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__](network)
+    return GenericAdapter(network) if takes_hidden_states(inner) else CallableAdapter(network)
+
+
+def trunk_from_config(config: dict[str, Any]) -> Trunk:
+    """A trunk with random weights from another trunk's ``config``. Raises ValueError for what no family knows."""
+    import diffusers
+
+    name = config.get("class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"config: class_name: expected one of {', '.join(FAMILIES)}, got {name!r}")
+    family, net = FAMILIES[name], getattr(diffusers, name).from_config(config["transformer"])
+    depth = sum(len(getattr(net, blocks)) for blocks, _ in family.block_lists)
+    return family(net).trunk(depth, copy=False).detach_from_transformer()
