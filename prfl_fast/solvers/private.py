@@ -59,7 +59,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
         return type(value)(_copied(v) for v in value)
     if is_scheduler(value):
-        return _copy(value)
+        return copy_scheduler(value)
     return copy.deepcopy(value)
 
 
@@ -68,8 +68,8 @@ def is_scheduler(value: Any) -> bool:
     return not isinstance(value, type) and callable(getattr(value, "step", None)) and hasattr(value, "config")
 
 
-def _copy(scheduler: Any) -> Any:
-    """Everything but the run state, which comes fresh from an instance of the same configuration."""
+def copy_scheduler(scheduler: Any) -> Any:
+    """A copy on the CPU: everything but the run state, which comes fresh from an instance of the same configuration."""
     kind = type(scheduler)
     fresh = vars(kind.from_config(scheduler.config))
     result = kind.__new__(kind)
@@ -116,7 +116,7 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
     if missing or isinstance(scheduler, type):
         without = f" (without {', '.join(missing)})" if missing else ""
         raise TypeError(f"scheduler: expected an instance of a diffusers scheduler, got {name}{without}")
-    private = _copy(scheduler)
+    private = copy_scheduler(scheduler)
     begin = None
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
