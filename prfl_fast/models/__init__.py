@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from prfl_fast.models.base import Adapter, unwrap
+from prfl_fast.models.cogvideox import CogVideoXAdapter
 from prfl_fast.models.generic import CallableAdapter, GenericAdapter, takes_hidden_states
+from prfl_fast.models.hunyuan_video import HunyuanVideoAdapter
+from prfl_fast.models.ltx import LTXAdapter
 from prfl_fast.models.transformer import TransformerAdapter
 from prfl_fast.models.trunk import Trunk
 from prfl_fast.models.unusable import refuse_unusable
@@ -14,6 +17,9 @@ from prfl_fast.models.wan import WanAdapter
 __all__ = ["Adapter", "Trunk", "adapter_for", "refuse_unusable", "trunk_from_config"]
 
 FAMILIES: dict[str, type[TransformerAdapter]] = {
+    "CogVideoXTransformer3DModel": CogVideoXAdapter,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
+    "LTXVideoTransformer3DModel": LTXAdapter,
     "WanTransformer3DModel": WanAdapter,
 }
 

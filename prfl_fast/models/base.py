@@ -5,7 +5,8 @@ blocks as a module of their own, a :class:`prfl_fast.models.trunk.Trunk`: ``trun
 is the video-token stream ``[B, L, D]`` after these blocks, before any final norm. Shared (``copy=False``) it holds the
 live transformer's submodules themselves; copied it stands alone, and its ``state_dict`` (keys ``body.`` + the
 transformer's own) has neither later blocks nor head. ``trunk.dim`` is D, ``trunk.blocks()`` its named blocks,
-``trunk.config`` a JSON-able dictionary from which :func:`prfl_fast.models.trunk_from_config` rebuilds it without weights.
+``trunk.config`` a JSON-able dictionary from which :func:`prfl_fast.models.trunk_from_config` rebuilds it, without
+weights.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def check_keywords(
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known)) or 'none'}"
             raise ValueError(f"conditioning: {who} takes no keyword {name!r}{hint}")
-    missing = [name for name in required if conditioning.get(name) is None]
+    missing = [name for name in required if name not in conditioning]
     if missing:
         raise ValueError(f"conditioning: {who} needs {', '.join(map(repr, missing))}, which is not given")
 
@@ -123,12 +124,16 @@ def check_keywords(
 def check_tensors(conditioning: Mapping[str, Any], device: torch.device) -> None:
     """Refuse NaN (infinity is allowed: additive masks hold it) and another device than the latents'."""
     for name, value in conditioning.items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.device != device:
-            raise ValueError(f"conditioning: {name!r} lies on {value.device}, expected the latents' device {device}")
-        if value.is_floating_point() and bool(torch.isnan(value).any()):
-            raise ValueError(f"conditioning: {name!r} holds NaN")
+        # Rotary tables come as a pair, some families' text as a list.
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.device != device:
+                raise ValueError(
+                    f"conditioning: {name!r} lies on {tensor.device}, expected the latents' device {device}"
+                )
+            if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+                raise ValueError(f"conditioning: {name!r} holds NaN")
 
 
 def check_batch(conditioning: Mapping[str, Any], name: str, batch: int) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from prfl_fast.models.base import Adapter, check_batch, check_keywords, check_tensors, unwrap
@@ -63,7 +64,7 @@ class CallableAdapter(Adapter):
 
 
 class GenericAdapter(CallableAdapter):
-    """Any other diffusers transformer: ``hidden_states``, ``timestep`` and, where it is taken, ``return_dict=False``."""
+    """Any other diffusers transformer: ``hidden_states``, ``timestep``, and ``return_dict=False`` where it is taken."""
 
     def __init__(self, network: Any) -> None:
         super().__init__(network)
@@ -83,7 +84,7 @@ class GenericAdapter(CallableAdapter):
         self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Any], overrides: Mapping[str, Any] | None
     ) -> Tensor:
         keywords = {"hidden_states": x, "timestep": timestep, **conditioning, **(overrides or {})}
-        keywords["hidden_states"] = keywords["hidden_states"].to(module_dtype(self.inner))
+        keywords["hidden_states"] = keywords["hidden_states"].to(module_dtype(self.inner) or x.dtype)
         if keywords["timestep"].ndim == 0:
             keywords["timestep"] = keywords["timestep"].expand(x.shape[0])
         return first_tensor(self.network(**keywords, **self._fixed), self._name)
@@ -96,10 +97,12 @@ def takes_hidden_states(network: Any) -> bool:
     return {"hidden_states", "timestep"} <= inspect.signature(network.forward).parameters.keys()
 
 
-def module_dtype(module: nn.Module) -> Any:
-    """The dtype that a pipeline casts the network's input to: diffusers' own answer, or that of the first parameter."""
+def module_dtype(module: nn.Module) -> torch.dtype | None:
+    """What a pipeline casts the network's input to: diffusers' own answer, or the first float parameter's dtype."""
     dtype = getattr(module, "dtype", None)
-    return dtype if dtype is not None else next(p.dtype for p in module.parameters() if p.is_floating_point())
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def first_tensor(output: Any, who: str) -> Tensor:
@@ -116,10 +119,11 @@ def first_tensor(output: Any, who: str) -> Tensor:
 def _keywords(function: Any, skip: int) -> tuple[set[str] | None, tuple[str, ...]]:
     """Keywords that a function takes after its first ``skip`` parameters (None: any), and those without a default."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())[skip:]
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # built-in functions tell no signature
         return None, ()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    first = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:skip]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in first]
     required = tuple(p.name for p in named if p.default is p.empty)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return (None if takes_any else {p.name for p in named}), required

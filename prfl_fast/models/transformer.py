@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prfl_fast.models.base import check_batch
 from prfl_fast.models.generic import GenericAdapter, first_tensor
-from prfl_fast.models.trunk import Trunk, make_trunk
+from prfl_fast.models.trunk import SHARDED, Trunk, make_trunk
 
 
 class TransformerAdapter(GenericAdapter):
@@ -19,17 +19,19 @@ class TransformerAdapter(GenericAdapter):
         layout: the latents' dimensions, a letter each: B batch, C channels, F frames, H height, W width, S tokens.
         block_lists: (attribute, config key of its length) in the order of execution.
         head: submodules and parameters of the network that only serve after the last block.
+        text_width: config key of the width of ``encoder_hidden_states``.
         cast: conditioning that the pipeline casts to the network's dtype.
         batched: conditioning with one row per sample.
-        required: conditioning that the network cannot do without.
+        float_prediction: the pipeline takes the prediction in float32, whatever the network's dtype.
     """
 
     layout: ClassVar[str]
     block_lists: ClassVar[tuple[tuple[str, str], ...]]
     head: ClassVar[tuple[str, ...]]
+    text_width: ClassVar[str]
     cast: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     batched: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
-    required: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
+    float_prediction: ClassVar[bool] = False
 
     @classmethod
     def inputs(
@@ -55,6 +57,11 @@ class TransformerAdapter(GenericAdapter):
         """Patch size of each dimension of the layout that is cut into patches."""
         raise NotImplementedError
 
+    @classmethod
+    def needed(cls, config: Any) -> tuple[str, ...]:
+        """Conditioning that a network of this config cannot do without; None does not count as given."""
+        return ("encoder_hidden_states",)
+
     def blocks(self) -> list[tuple[str, nn.Module]]:
         lists = [(name, getattr(self.inner, name)) for name, _ in self.block_lists]
         return [(f"{name}.{i}", block) for name, blocks in lists for i, block in enumerate(blocks)]
@@ -77,18 +84,35 @@ class TransformerAdapter(GenericAdapter):
             if shape[self.layout.index(letter)] % size:
                 raise ValueError(f"latents: expected {letter} of {layout} divisible by the patch {size}, got {shape}")
         super().validate(latents, conditioning, prepared=prepared)
+        missing = [name for name in self.needed(config) if conditioning.get(name) is None]
+        if missing and not prepared:
+            raise ValueError(f"conditioning: {self._name} needs {', '.join(map(repr, missing))}, got None")
         for name in self.batched:
             check_batch(conditioning, name, shape[0])
+        for name in self.cast:
+            value = conditioning.get(name)
+            if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"conditioning: {name!r}: expected a tensor of a float dtype, got {got}")
+        text = conditioning.get("encoder_hidden_states")
+        if text is not None and (text.ndim != 3 or text.shape[2] != config[self.text_width]):
+            raise ValueError(
+                f"conditioning: 'encoder_hidden_states': expected [{shape[0]}, tokens, {config[self.text_width]}], "
+                f"got {tuple(text.shape)}"
+            )
 
     def __call__(
         self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Any], overrides: Mapping[str, Any] | None
     ) -> Tensor:
         keywords = self.inputs(self.inner, x, timestep, conditioning, overrides)
-        return first_tensor(self.network(**keywords, return_dict=False), self._name)
+        prediction = first_tensor(self.network(**keywords, return_dict=False), self._name)
+        return prediction.float() if self.float_prediction else prediction
 
     @property
     def feature_dim(self) -> int:
         return int(self.inner.config.num_attention_heads * self.inner.config.attention_head_dim)
 
     def trunk(self, num_blocks: int, copy: bool) -> Trunk:
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(self.network).__mro__):
+            raise ValueError(SHARDED)
         return make_trunk(self.inner, type(self), num_blocks, copy)

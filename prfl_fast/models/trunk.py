@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from prfl_fast.models.transformer import TransformerAdapter
 
 
+SHARDED = "transformer: already sharded by FSDP; make the trunk before sharding, then shard the trunk itself"
+
+
 class _Reached(Exception):
     """Carries the token stream out of the forward."""
 
@@ -79,15 +82,22 @@ class Trunk(nn.Module):
             timestep: 0-dimensional or ``[B]``.
             conditioning: the transformer's keywords.
         """
+        if _sharded(self.body):
+            raise ValueError("trunk.body: sharded by FSDP, which would miss its end; shard the trunk and its blocks")
         if self._live is not None:
             _follow(self.body, self._live, self._family)
         checkpoint = self.body.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, _CheckpointUnlessStop):
             self.body.__dict__["_gradient_checkpointing_func"] = _CheckpointUnlessStop(checkpoint)
         keywords = self._family.inputs(self.body, latents, timestep, conditioning)
+        scales = _lora_scales(self.body) if "attention_kwargs" in conditioning else []
+        before = [dict(scale) for scale in scales]
         try:
             self.body(**keywords, return_dict=False)
         except _Reached as reached:
+            # Older diffusers undo the LoRA scale only where the forward ends without an exception.
+            for scale, old in zip(scales, before):
+                scale.update(old)
             return reached.stream
         raise RuntimeError(f"{type(self.body).__name__} did not call its blocks as a list; the trunk needs that")
 
@@ -101,8 +111,8 @@ def make_trunk(net: nn.Module, family: type[TransformerAdapter], num_blocks: int
     depth = sum(len(getattr(net, name)) for name, _ in family.block_lists)
     if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 1 <= num_blocks <= depth:
         raise ValueError(f"num_blocks: expected a whole number in 1..{depth}, got {num_blocks!r}")
-    if any(cls.__name__ == "FSDPModule" for cls in type(net).__mro__):
-        raise ValueError("transformer: already sharded by FSDP; make the trunk before, then shard the trunk itself")
+    if _sharded(net) or (copy and any(map(_sharded, net.modules()))):
+        raise ValueError(SHARDED)
     if copy and any(hasattr(module, "lora_A") or hasattr(module, "base_layer") for module in net.modules()):
         raise ValueError(
             "transformer: has adapters (LoRA), which a copied trunk would not keep apart; copy before they are added, "
@@ -129,6 +139,16 @@ def make_trunk(net: nn.Module, family: type[TransformerAdapter], num_blocks: int
     described = {"class_name": class_name, "transformer": json.loads(json.dumps(shorter))}
     trunk = Trunk(body, family, described, None if copy else net)
     return copying.deepcopy(trunk) if copy else trunk
+
+
+def _sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _lora_scales(module: nn.Module) -> list[dict[str, float]]:
+    """peft's LoRA layers keep one scale per adapter name."""
+    found = [getattr(layer, "scaling", None) for layer in module.modules()]
+    return [scale for scale in found if isinstance(scale, dict)]
 
 
 # Of an instance, not of its class: hooks that replace forward, and compiled code, belong to the transformer alone.

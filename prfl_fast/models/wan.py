@@ -17,6 +17,7 @@ class WanAdapter(TransformerAdapter):
     layout = "BCFHW"
     block_lists = (("blocks", "num_layers"),)
     head = ("norm_out", "proj_out", "scale_shift_table")
+    text_width = "text_dim"
     cast = ("encoder_hidden_states", "encoder_hidden_states_image")
 
     @classmethod
