@@ -32,9 +32,9 @@ def adapter_for(network: Any) -> Adapter:
     else as ``net(x, t, **conditioning)``.
     """
     inner = unwrap(network)
-    for cls in type(inner).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__](network)
+    family = _family(type(inner))
+    if family is not None:
+        return family(network)
     return GenericAdapter(network) if takes_hidden_states(inner) else CallableAdapter(network)
 
 
@@ -43,8 +43,14 @@ def trunk_from_config(config: dict[str, Any]) -> Trunk:
     import diffusers
 
     name = config.get("class_name")
-    if name not in FAMILIES:
+    cls = getattr(diffusers, name, object) if isinstance(name, str) else object
+    family = _family(cls)
+    if family is None:
         raise ValueError(f"config: class_name: expected one of {', '.join(FAMILIES)}, got {name!r}")
-    family, net = FAMILIES[name], getattr(diffusers, name).from_config(config["transformer"])
+    net = cls.from_config(config["transformer"])
     depth = sum(len(getattr(net, blocks)) for blocks, _ in family.block_lists)
     return family(net).trunk(depth, copy=False).detach_from_transformer()
+
+
+def _family(cls: type) -> type[TransformerAdapter] | None:
+    return next((FAMILIES[c.__name__] for c in cls.__mro__ if c.__name__ in FAMILIES), None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prfl_fast.models.base import check_batch
 from prfl_fast.models.generic import GenericAdapter, first_tensor
 from prfl_fast.models.trunk import SHARDED, Trunk, make_trunk
+from prfl_fast.models.unusable import refuse_unusable
 
 
 class TransformerAdapter(GenericAdapter):
@@ -115,4 +116,5 @@ class TransformerAdapter(GenericAdapter):
     def trunk(self, num_blocks: int, copy: bool) -> Trunk:
         if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(self.network).__mro__):
             raise ValueError(SHARDED)
+        refuse_unusable(self.inner)
         return make_trunk(self.inner, type(self), num_blocks, copy)

@@ -96,7 +96,7 @@ class Trunk(nn.Module):
             self.body(**keywords, return_dict=False)
         except _Reached as reached:
             # Older diffusers undo the LoRA scale only where the forward ends without an exception.
-            for scale, old in zip(scales, before):
+            for scale, old in zip(scales, before, strict=True):
                 scale.update(old)
             return reached.stream
         raise RuntimeError(f"{type(self.body).__name__} did not call its blocks as a list; the trunk needs that")
@@ -119,7 +119,7 @@ def make_trunk(net: nn.Module, family: type[TransformerAdapter], num_blocks: int
             "merge them first, or share the trunk (copy=False)"
         )
     # FSDP, peft and users derive classes of their own; the config must name one that diffusers has.
-    class_name = next(c.__name__ for c in type(net).__mro__ if c.__module__.startswith("diffusers."))
+    class_name = next((c for c in type(net).__mro__ if c.__module__.startswith("diffusers.")), type(net)).__name__
     config: Any = net.config
     shorter = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     body: nn.Module = object.__new__(type(net))
