@@ -52,20 +52,34 @@ class StepCoefficients:
         return len(self.C[0])
 
 
-def _combine(terms: Iterable[tuple[float, Tensor | None]]) -> Tensor | None:
-    """Sum of coefficient times tensor; None where nothing is left. A lone term with coefficient 1 is not copied."""
-    total: Tensor | None = None
-    for coefficient, tensor in terms:
-        if coefficient == 0 or tensor is None:
-            continue
-        if total is None:
-            total = tensor if coefficient == 1 else tensor * coefficient
-        else:
-            total = torch.add(total, tensor, alpha=coefficient)
-    return total
+class _Wide:
+    """Float32 tensors as float64, each converted once. MPS has no float64; there they stay as they are."""
+
+    def __init__(self) -> None:
+        self._converted: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float64 or tensor.device.type == "mps":
+            return tensor
+        return self._converted.setdefault(id(tensor), tensor.double())
 
 
-def _as_mask(mask: Tensor) -> Tensor:
+def _combine(terms: Iterable[tuple[float, Tensor | None]], wide: _Wide) -> Tensor | None:
+    """Sum of coefficient times tensor, rounded once; None where nothing is left. A lone 1 times tensor is no copy."""
+    present = [(coefficient, tensor) for coefficient, tensor in terms if coefficient != 0 and tensor is not None]
+    if not present:
+        return None
+    (first, tensor), *others = present
+    if first == 1 and not others:
+        return tensor
+    total = wide(tensor) * first
+    for coefficient, other in others:
+        total = torch.add(total, wide(other), alpha=coefficient)
+    return total.to(tensor.dtype)
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """A bool or 0/1 mask as bool."""
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -102,8 +116,9 @@ def solver_step(
 ) -> tuple[Tensor, ...]:
     """State after the step, ``A z + B m + C eps``.
 
-    Differentiable by ordinary autograd (twice, too); keeps no activation for the backward. An entry that the step
-    merely hands on (a row with a single 1) is the same tensor, not a copy.
+    Differentiable by ordinary autograd (twice, too); keeps no activation for the backward. Sums are taken in float64 and
+    rounded once: several terms of a multistep row cancel, and float32 sums would be further from the truth than the
+    scheduler's own. An entry that the step merely hands on (a row with a single 1) is the same tensor, not a copy.
 
     Args:
         state: ``n_in`` tensors of one shape, float32 or float64; entry 0 is the latents.
@@ -129,12 +144,13 @@ def solver_step(
         unconditional = model_outputs[1].to(dtype)
         m = unconditional + guidance_scale * (m - unconditional)
     draws = [draw.to(dtype) for draw in noise]
+    wide = _Wide()
     result = []
-    for row_a, b, row_c in zip(coefficients.A, coefficients.B, coefficients.C):
-        entry = _combine([*zip(row_a, state), (b, m), *zip(row_c, draws)])
+    for row_a, b, row_c in zip(coefficients.A, coefficients.B, coefficients.C, strict=True):
+        entry = _combine([*zip(row_a, state, strict=True), (b, m), *zip(row_c, draws, strict=True)], wide)
         result.append(torch.zeros_like(state[0]) if entry is None else entry)
     if latent_mask is not None:
-        result[0] = torch.where(_as_mask(latent_mask), result[0], state[0])
+        result[0] = torch.where(as_mask(latent_mask), result[0], state[0])
     return tuple(result)
 
 
@@ -164,10 +180,11 @@ def solver_step_transpose(
     untouched: Tensor | None = None
     x = rows[0]
     if latent_mask is not None and x is not None:
-        mask = _as_mask(latent_mask)
+        mask = as_mask(latent_mask)
         untouched = torch.where(mask, torch.zeros_like(x), x)
         rows[0] = torch.where(mask, x, torch.zeros_like(x))
-    into_state = [_combine((row[k], g) for row, g in zip(coefficients.A, rows)) for k in range(coefficients.num_inputs)]
+    wide = _Wide()
+    into_state = [_combine(zip(column, rows, strict=True), wide) for column in zip(*coefficients.A, strict=True)]
     if untouched is not None:
         into_state[0] = untouched if into_state[0] is None else into_state[0] + untouched
-    return tuple(into_state), _combine(zip(coefficients.B, rows))
+    return tuple(into_state), _combine(zip(coefficients.B, rows, strict=True), wide)

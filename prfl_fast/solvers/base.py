@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
 
-GeneratorLike = Union[torch.Generator, Sequence[torch.Generator], None]
+GeneratorLike = torch.Generator | Sequence[torch.Generator] | None
 
 
 class NonlinearSchedulerError(ValueError):
     """The scheduler's step is not linear in its state and the network's output, so there is no table of it."""
+
+
+class NonFiniteSchedulerError(NonlinearSchedulerError):
+    """The scheduler's step gives NaN or infinity for finite input: with these settings it can't sample at all."""
 
 
 class Solver(ABC):
@@ -89,7 +92,10 @@ class Solver(ABC):
 
     @abstractmethod
     def original_coefficients(self, i: int) -> tuple[float, float]:
-        """(a, b) of the denoised prediction ``x0 = a x + b m`` in step i, x being the unscaled latents."""
+        """(a, b) of the denoised prediction ``x0 = a x + b m`` in step i, x being the unscaled latents.
+
+        Both NaN where the scheduler tells neither the prediction nor what its network predicts.
+        """
 
     def _check_step(self, i: int) -> None:
         if not self.start_step <= i < self.num_steps:

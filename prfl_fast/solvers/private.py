@@ -70,7 +70,7 @@ def is_scheduler(value: Any) -> bool:
 
 def copy_scheduler(scheduler: Any) -> Any:
     """A copy on the CPU: everything but the run state, which comes fresh from an instance of the same configuration."""
-    kind = type(scheduler)
+    kind: Any = type(scheduler)
     fresh = vars(kind.from_config(scheduler.config))
     result = kind.__new__(kind)
     for name, value in vars(scheduler).items():

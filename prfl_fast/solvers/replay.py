@@ -61,6 +61,13 @@ class Replay:
         self._times = list(self.timesteps)
         self._scale = getattr(self.scheduler, "scale_model_input", None)
         parameters = inspect.signature(self.scheduler.step).parameters
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        more = [k for k, p in list(parameters.items())[3:] if p.default is p.empty and p.kind not in variadic]
+        if more:
+            raise TypeError(
+                f"scheduler: expected step(model_output, timestep, sample), but {type(scheduler).__name__}.step needs "
+                f"{', '.join(more)} as well"
+            )
         self._options = {k: v for k, v in (("generator", None), ("return_dict", False)) if k in parameters}
         self._lock = threading.RLock()
         # Before and after scale_model_input, which may set the step index.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prfl_fast.solvers.private import is_scheduler
@@ -111,7 +110,7 @@ def _gather(node: Any, value: Any, found: list[tuple[int, Tensor]]) -> None:
             raise RuntimeError("the scheduler's run state depends on the values of the latents; expected a tensor")
         found.append((node.index, value))
     elif isinstance(node, _Items):
-        for child, part in zip(node.values, value):
+        for child, part in zip(node.values, value, strict=True):
             if isinstance(child, _Node):
                 _gather(child, part, found)
     elif isinstance(node, _Mapping):
@@ -128,14 +127,19 @@ def _equal(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+        return a.shape == b.shape and a.dtype == b.dtype and _same_numbers(a, b)
     if isinstance(a, _Nested):
         return _equal(a.values, b.values)
     if isinstance(a, (_Items, tuple)):
         mine, theirs = (a.values, b.values) if isinstance(a, _Items) else (a, b)
-        return len(mine) == len(theirs) and all(_equal(x, y) for x, y in zip(mine, theirs))
+        return len(mine) == len(theirs) and all(_equal(x, y) for x, y in zip(mine, theirs, strict=True))
     if isinstance(a, _Mapping):
         return _equal(a.values, b.values)
     if hasattr(a, "shape"):
-        return a.shape == b.shape and bool((a == b).all())
-    return bool(a == b)
+        return a.shape == b.shape and _same_numbers(a, b)
+    return bool(a == b) or bool(a != a and b != b)
+
+
+def _same_numbers(a: Any, b: Any) -> bool:
+    """Elementwise equal, NaN (an unused end of a schedule) being equal to itself."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
