@@ -26,7 +26,7 @@ _MARGIN = 5.0  # the body stays inside the picture, so that a tracked path is th
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips with their labels. ``videos`` [N, FRAMES, SIZE, SIZE] float32 in 0..1, ``kinds`` [N] int64 index in KINDS."""
+    """Clips with their labels. ``videos`` [N, FRAMES, SIZE, SIZE] float32 in 0..1, ``kinds`` [N] int64 in KINDS."""
 
     videos: Tensor
     kinds: Tensor

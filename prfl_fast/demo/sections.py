@@ -1,8 +1,9 @@
-"""The sections of the demo's report as HTML text, one function each; they take what a run wrote and draw nothing else."""
+"""The sections of the demo's report as HTML text, one function each, made of what a run wrote and nothing else."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -43,8 +44,8 @@ def lead(summary: Json) -> str:
     """Two sentences under the headline: what was done, where, how long."""
     machine = summary["environment"]
     return (
-        "A small video model of Wan's architecture has learned moving bodies, good and broken ones alike. A reward that "
-        "reads noisy latents then aligns it by <code>prfl_fast.unrolled_sample</code>. "
+        "A small video model of Wan's architecture has learned moving bodies, good and broken ones alike. A reward "
+        "that reads noisy latents then aligns it by <code>prfl_fast.unrolled_sample</code>. "
         f"This run took {_duration(summary['seconds'])} on {machine['cores']} CPU cores."
     )
 
@@ -164,8 +165,8 @@ def judges(details: Json, summary: Json) -> str:
     ]
     return _section(
         "What the judges say",
-        f"<p>The judges look at decoded pixels of {seeds} held-out seeds and share nothing with the rewards. A dot is a "
-        "seed; the bar is the mean with its 95 % bootstrap interval.</p>"
+        f"<p>The judges look at decoded pixels of {seeds} held-out seeds and share nothing with the rewards. A dot is "
+        "a seed; the bar is the mean with its 95 % bootstrap interval.</p>"
         f'<div class="pair">{"".join(cards)}</div>'
         f'<div class="pair wide"><div class="card scroll" tabindex="0">{_table(head, body)}</div></div>',
     )
@@ -175,18 +176,18 @@ def curves(details: Json) -> str:
     """Learning curves of every arm over training time, and those of base model and reward when they were trained."""
     cards = []
     labels = {arm["key"]: arm["label"] for arm in details["arms"]}
-    for field, heading, unit, log in (
-        ("reward", "Reward of the samples that training drew", "logit", False),
-        ("motion_error", "Motion error during training", "on a few held-out seeds", False),
-        ("loss", "Loss", "loss", False),
+    for field, times, heading, unit in (
+        ("reward", "seconds", "Reward of the samples that training drew", "logit, mean of ten updates"),
+        ("motion_error", "watched_seconds", "Motion error during training", "on seeds set aside for this curve"),
+        ("loss", "seconds", "Loss", "mean of ten updates"),
     ):
         series = [
-            Series(labels.get(key, key), _tone(key), curve["seconds"], curve[field])
+            Series(labels[key], _tone(key), curve[times], curve[field])
             for key, curve in details["curves"].items()
-            if key in labels and curve.get(field)
+            if key in labels and any(value is not None for value in curve[field])
         ]
         if series:
-            chart = line_chart(series, title=heading, x_label="training seconds", y_label=unit, log_y=log)
+            chart = line_chart(series, title=heading, x_label="training seconds", y_label=unit)
             cards.append(f'<div class="card"><h3>{heading}</h3>{chart}</div>')
     for key, heading in (("base", "Base model: flow-matching loss"), ("reward_model", "Reward model: loss")):
         curve = details["curves"].get(key)
@@ -218,7 +219,7 @@ def reward_and_gradients(details: Json) -> str:
     norms = details["gradient_norms"]
     right = line_chart(
         [
-            Series(labels.get(key, key), _tone(key), list(range(len(values))), values)
+            Series(labels.get(key, key), _tone(key), list(range(len(values))), [_or_nan(v) for v in values])
             for key, values in norms.items()
         ],
         title="Gradient norm per denoising step",
@@ -231,9 +232,11 @@ def reward_and_gradients(details: Json) -> str:
         "Where the signal is",
         '<div class="pair">'
         '<div class="card"><h3>Reward accuracy against noise level</h3>'
-        f'<p class="note">Held-out clips, {accuracy["count"]} per level. 0 is a clean latent, 1 is noise.</p>{left}</div>'
+        f'<p class="note">Held-out clips, {accuracy["count"]} per level. 0 is a clean latent, 1 is noise.</p>'
+        f"{left}</div>"
         '<div class="card"><h3>Gradient norm per denoising step</h3>'
-        f'<p class="note">Of the loss with respect to the latent that each step starts from.</p>{right}</div></div>',
+        f'<p class="note">Of the loss with respect to the prediction of each step, root mean square over the updates '
+        f"that reached it.</p>{right}</div></div>",
     )
 
 
@@ -257,8 +260,8 @@ def gradient_table(details: Json) -> str:
         )
     return _section(
         "What an exact gradient costs",
-        "<p>One rollout and its backward for each mode, same model, same noise, measured in this run. Plain autograd keeps "
-        "every step's graph; the full chain keeps one latent a step and calls the network again.</p>"
+        "<p>One rollout and its backward for each mode, same model, same noise, measured in this run. Plain autograd "
+        "keeps every step's graph; the full chain keeps one latent a step and calls the network again.</p>"
         f'<div class="card scroll" tabindex="0">{_table(head, body, safe=True)}</div>',
     )
 
@@ -273,9 +276,10 @@ def study(content: Json) -> str:
         )
     return _section(
         "The long comparison",
-        f'<p class="banner">Not of this run: made on {escape(str(content["date"]))} on {escape(str(content["machine"]))}, '
-        f"in {_duration(content['seconds'])}, from commit <code>{escape(str(content['commit']))}</code>; repeat it with "
-        f"<code>prfl-fast demo --study</code>.</p>{''.join(tables)}",
+        f'<p class="banner">Not of this run: made on {escape(str(content["date"]))} on '
+        f"{escape(str(content['machine']))}, in {_duration(content['seconds'])}, from commit "
+        f"<code>{escape(str(content['commit']))}</code>; repeat it with <code>prfl-fast demo --study</code>.</p>"
+        f"{''.join(tables)}",
     )
 
 
@@ -290,7 +294,8 @@ def footer(summary: Json) -> str:
     rows = "".join(
         f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in summary["environment"].items()
     )
-    return f"<dl>{rows}</dl><p>All figures of this page are in <code>summary.json</code> and <code>details.json</code>.</p>"
+    source = "All figures of this page are in <code>summary.json</code> and <code>details.json</code>."
+    return f"<dl>{rows}</dl><p>{source}</p>"
 
 
 def _section(heading: str, content: str) -> str:
@@ -315,6 +320,10 @@ def _table(head: Sequence[str], body: Sequence[Sequence[Any]], *, safe: bool = F
 
 def _tone(key: str) -> str:
     return _TONES.get(key, "other")
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _maybe(value: Any, show: Any) -> str:
