@@ -43,7 +43,7 @@ def trunk_from_config(config: dict[str, Any]) -> Trunk:
     import diffusers
 
     name = config.get("class_name")
-    cls = getattr(diffusers, name, object) if isinstance(name, str) else object
+    cls: Any = getattr(diffusers, name, object) if isinstance(name, str) else object
     family = _family(cls)
     if family is None:
         raise ValueError(f"config: class_name: expected one of {', '.join(FAMILIES)}, got {name!r}")

@@ -14,9 +14,6 @@ from prfl_fast.models.base import Adapter, check_batch, check_keywords, check_te
 if TYPE_CHECKING:
     from prfl_fast.models.trunk import Trunk
 
-# Where networks keep their blocks, in the order of execution.
-_BLOCK_LISTS = ("blocks", "double_blocks", "single_blocks", "transformer_blocks", "single_transformer_blocks", "layers")
-
 
 class CallableAdapter(Adapter):
     """``net(x, t, **conditioning)``: any callable and any module; x and t as the scheduler gives them, not cast."""
@@ -31,8 +28,10 @@ class CallableAdapter(Adapter):
         return self.inner if isinstance(self.inner, nn.Module) else None
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        lists = [(name, getattr(self.inner, name, None)) for name in _BLOCK_LISTS]
-        return [(f"{n}.{i}", b) for n, found in lists if isinstance(found, nn.ModuleList) for i, b in enumerate(found)]
+        # By diffusers' habit: lists of the network itself, registered in the order in which they run.
+        children = self.inner.named_children() if isinstance(self.inner, nn.Module) else ()
+        lists = [(n, m) for n, m in children if isinstance(m, nn.ModuleList) and n.endswith(("blocks", "layers"))]
+        return [(f"{name}.{i}", block) for name, blocks in lists for i, block in enumerate(blocks)]
 
     def validate(self, latents: Tensor, conditioning: Mapping[str, Any], *, prepared: bool) -> None:
         check_keywords(conditioning, self._known, () if prepared else self._required, self._name)
