@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -76,8 +77,14 @@ class Sample:
     @property
     def pred_original_sample(self) -> Tensor:
         """The clean latent that the last network call predicts, from its input and output; with ``graph="chain"`` it
-        carries a gradient as ``latents`` does."""
+        carries a gradient as ``latents`` does.
+
+        Raises:
+            RuntimeError: the scheduler tells neither this prediction nor what its network predicts.
+        """
         a, b = self._original
+        if math.isnan(a):
+            raise RuntimeError("pred_original_sample: the scheduler does not tell what its network predicts")
         return a * self._last_input + b * self._last_prediction
 
     @property
