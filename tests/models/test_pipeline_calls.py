@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
+import diffusers
 from tinyfamilies import make
 
 from prfl_fast.models import adapter_for
