@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROUNDING = 512  # bytes; the caching allocator of CUDA hands out multiples of this
 
@@ -20,6 +19,17 @@ def storage_bytes(tensor: Tensor) -> int:
 
 def _round(count: int) -> int:
     return -(-count // ROUNDING) * ROUNDING
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in an operation's arguments or result, lists and all; this runs for every operation."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    if isinstance(value, dict):
+        return tensors_in(list(value.values()))
+    return []
 
 
 class LiveBytes(TorchDispatchMode):
@@ -42,11 +52,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if _has_storage(tensor):
-                self._see(tensor.untyped_storage(), given)
+        made = tensors_in(result)
+        if made:
+            given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs)) if t.layout is torch.strided}
+            for tensor in made:
+                if tensor.layout is torch.strided:
+                    self._see(tensor.untyped_storage(), given)
         return result
 
     def _see(self, storage: torch.UntypedStorage, given: set[int]) -> None:
@@ -62,7 +74,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.current -= self._live.pop(key)
-
-
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided

@@ -152,7 +152,7 @@ def unrolled_sample(
     if memory_budget is not None:
         if plan is not None:
             raise ValueError("memory_budget, plan: expected one of the two, got both")
-        request = plan_for(request, memory_budget)
+        request = plan_for(request, memory_budget, graph)
     return run_chain(request) if graph == "chain" else run_steps(request)
 
 

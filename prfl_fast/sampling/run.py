@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 from tqdm import tqdm
 
 from prfl_fast.sampling.guard import ModelGuard
@@ -63,6 +64,8 @@ class Run:
         """Code of ours that runs inside a backward: whatever leaves it undoes the backward."""
         try:
             yield
+        except _StopRecomputationError:
+            raise  # torch's checkpoint has all that it needs: the recomputation ends early, nothing has failed
         except BaseException:
             if self.in_backward:
                 self.fail_backward()

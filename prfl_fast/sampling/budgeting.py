@@ -1,0 +1,212 @@
+"""A byte budget becomes a memory plan: the chain is run on fake tensors, and its live bytes are counted.
+
+What is run is the chain itself, forward and backward, with all its latents, lanes, guidance branches and gradients.
+Steps whose call is like a later one's (same network, weights and shapes) get a stand-in for the network, because they
+add a latent and nothing else; so the price does not grow with the number of steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from prfl_fast.memory.budget import parse_budget
+from prfl_fast.memory.plan import Alternative, MemoryPlan, choose_plan
+from prfl_fast.memory.pretend import Pretence, UntraceableError, real_leaf, tracing
+from prfl_fast.memory.trace import LiveBytes, storage_bytes
+from prfl_fast.models.base import Adapter
+from prfl_fast.models.generic import CallableAdapter
+from prfl_fast.sampling.calls import Caller
+from prfl_fast.sampling.chain import run_chain
+from prfl_fast.sampling.guidance import StepNetwork
+from prfl_fast.sampling.modes import GeneratorLike
+from prfl_fast.sampling.request import Request
+from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.steps import run_steps
+
+# Fastest first. With C calls in the rollout: 2C - 1, 2C, 3C - 1 and 3C evaluations of a block.
+_WAYS = (("call", True), ("call", False), ("blocks", True), ("blocks", False))
+
+
+def plan_for(request: Request, memory_budget: str | int | float, graph: str = "chain") -> Request:
+    """The request with the fastest plan that stays within the budget.
+
+    Covered: weights, buffers and gradients of the networks, latents, conditioning, and everything that forward and
+    backward of the chain make. Not covered: the reward and whatever else the caller holds, buckets of a distributed
+    wrapper, what kernels and libraries allocate by themselves, an allocator's fragmentation, and the looking of
+    ``verify_recompute`` and ``detect_nonfinite``. The network is not run: it is traced on fake tensors, without the
+    wrappers around it and without its hooks.
+
+    Args:
+        request: the chain.
+        memory_budget: see :func:`prfl_fast.memory.budget.parse_budget`.
+        graph: ``"chain"`` or ``"steps"``.
+
+    Raises:
+        InfeasibleBudget: with the least bytes that would do.
+        UntraceableError: the network is a plain callable, sharded, or decides by its values what it does.
+    """
+    budget = parse_budget(memory_budget, request.latents.device)
+    if any(n.adapter.module() is None for n in request.networks):
+        raise UntraceableError("a plain callable hides its weights; wrap it in an nn.Module that holds them")
+    if any("FSDP" in cls.__name__ for module in request.modules for cls in type(module).__mro__):
+        raise UntraceableError("it is sharded by FSDP")
+    resident = _resident_bytes(request)
+
+    def ways() -> Iterator[Alternative]:
+        for recompute, keep_last_call in _WAYS:
+            if recompute == "blocks" and not any(n.adapter.blocks() for n in request.networks):
+                continue
+            plan = MemoryPlan(recompute, keep_last_call)
+            yield Alternative(recompute, keep_last_call, resident + _made_bytes(replace(request, plan=plan), graph))
+
+    return replace(request, plan=choose_plan(budget, ways()))
+
+
+def _resident_bytes(request: Request) -> int:
+    """What lives before the chain begins: each storage once."""
+    held: list[Any] = [request.latents, request.latent_mask, request.timesteps, request.conditioning, request.negative]
+    for module in request.modules:
+        held.extend((*module.parameters(), *module.buffers()))
+    tensors = [t for t in tree_leaves(held) if isinstance(t, Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return sum({t.untyped_storage()._cdata: storage_bytes(t) for t in tensors}.values())
+
+
+def _made_bytes(request: Request, graph: str) -> int:
+    """Peak of what forward and backward of the chain make, counted on fake tensors."""
+    pretence = Pretence()
+    devices = [request.latents.device] if request.latents.device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(tracing())
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what a real run has to say, the real run says
+        stack.enter_context(pretence.inside(*request.modules))
+        stack.enter_context(pretence)
+        pretended = _pretended(request, pretence)
+        with LiveBytes() as live:
+            _forward_and_backward(pretended, graph)
+        return live.peak
+
+
+def _forward_and_backward(request: Request, graph: str) -> None:
+    sample = run_chain(request) if graph == "chain" else run_steps(request)
+    taps = [tap.latents for tap in sample.taps if tap.latents.requires_grad]
+    if not taps:
+        return
+    if real_leaf([*taps, sample._last_prediction]) is not None:
+        raise UntraceableError("it has trainable tensors that are none of its parameters")
+    gradients = [torch.empty_like(latents) for latents in taps]
+    if graph == "chain":
+        torch.autograd.backward(taps, gradients)
+        return
+    for latents, gradient in zip(taps, gradients, strict=True):
+        latents.grad = gradient
+    sample.backward()
+
+
+def _pretended(request: Request, pretence: Pretence) -> Request:
+    """The request on twins, with stand-ins where a step's call is like a later one's."""
+    eager = {id(n.adapter): _without_wrappers(n.adapter) for n in request.networks}
+    networks = [replace(n, adapter=eager[id(n.adapter)]) for n in request.networks]
+    twins = replace(
+        request,
+        latents=pretence.twin(request.latents),
+        conditioning=_each_once(request.conditioning, pretence),
+        negative=_each_once(request.negative, pretence),
+        latent_mask=None if request.latent_mask is None else pretence.twin(request.latent_mask),
+        networks=tuple(networks),
+        generator=_copied(request.generator),
+        verify_recompute=False,
+        detect_nonfinite=False,
+        progress=False,
+    )
+    dtypes: dict[int, torch.dtype] = {}
+    needed = _needed_steps(request)
+    for step in range(request.start_step, request.last_step):
+        place = step - request.start_step
+        if step in needed:
+            continue
+        adapter = networks[place].adapter
+        if id(adapter) not in dtypes:
+            caller = Caller(twins, Run(twins))
+            dtypes[id(adapter)] = caller.constant(step, "conditional", twins.latents, twins.conditioning[place]).dtype
+        networks[place] = replace(networks[place], adapter=_stand_in(dtypes[id(adapter)], adapter, pretence))
+    return replace(twins, networks=tuple(networks))
+
+
+def _needed_steps(request: Request) -> set[int]:
+    """The last two steps of each kind: one may keep its graph while the other is recomputed; earlier ones have fewer
+    latents beside them in the backward."""
+    kinds: dict[Any, list[int]] = {}
+    for step in range(request.start_step, request.last_step):
+        place = step - request.start_step
+        network: StepNetwork = request.networks[place]
+        ahead = [k for k, tap in enumerate(request.mode.taps) if step < tap]
+        weights = [request.mode.weights(k, step) for k in ahead]
+        cuts = tuple((w.zero, w.parameters == 0, w.input == 0) for w in weights)
+        shapes = (_shapes(request.conditioning[place]), _shapes(request.negative[place]))
+        kinds.setdefault((id(network.adapter), network.guided, cuts, shapes), []).append(step)
+    return {step for steps in kinds.values() for step in steps[-2:]}
+
+
+def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:
+    tensors = [t for t in tree_leaves(dict(conditioning)) if isinstance(t, Tensor)]
+    return tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
+
+
+def _each_once(conditioning: tuple[dict[str, Any], ...], pretence: Pretence) -> tuple[dict[str, Any], ...]:
+    """Twins of the steps' keyword arguments; steps that share a dictionary go on sharing it."""
+    made: dict[int, dict[str, Any]] = {}
+    return tuple(made.setdefault(id(c), pretence.twins(c)) for c in conditioning)
+
+
+def _copied(generator: GeneratorLike) -> GeneratorLike:
+    """Generators whose draws are not the caller's."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return None if generator is None else generator.clone_state()
+    return [g.clone_state() for g in generator]
+
+
+def _without_wrappers(adapter: Adapter) -> Adapter:
+    """The adapter of the module inside: a compiler or DDP's reducer has no place in a prediction."""
+    if not isinstance(adapter, CallableAdapter):
+        return adapter
+    inner = copy.copy(adapter)
+    inner.network = adapter.inner
+    return inner
+
+
+class _StandIn:
+    """Looks like the network to the graph of the chain: a prediction that depends on the latents and on a parameter."""
+
+    def __init__(self, dtype: torch.dtype, anchor: Tensor | None) -> None:
+        self._dtype = dtype
+        self._anchor = anchor
+
+    def module(self) -> None:
+        return None
+
+    def blocks(self) -> list[tuple[str, Any]]:
+        return []
+
+    def __call__(self, x: Tensor, timestep: Tensor, conditioning: Any, overrides: Any) -> Tensor:
+        prediction = x.to(self._dtype)
+        return prediction.clone() if self._anchor is None else prediction + self._anchor
+
+
+def _stand_in(dtype: torch.dtype, adapter: Adapter, pretence: Pretence) -> Adapter:
+    module = adapter.module()
+    trainable = module is not None and any(p.requires_grad for p in module.parameters())
+    anchor = torch.zeros((), dtype=dtype).requires_grad_() if trainable else None
+    # The chain asks an adapter for these three things only.
+    return cast(Adapter, _StandIn(dtype, None if anchor is None else pretence.twin(anchor)))
