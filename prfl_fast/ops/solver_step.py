@@ -117,8 +117,8 @@ def solver_step(
     """State after the step, ``A z + B m + C eps``.
 
     Differentiable by ordinary autograd (twice, too); keeps no activation for the backward. Sums are taken in float64
-    and rounded once: terms of a multistep row cancel, and float32 sums would be further from the truth than the scheduler's
-    own. An entry that the step merely hands on (a row with a single 1) is the same tensor, not a copy.
+    and rounded once: terms of a multistep row cancel, and float32 sums would be further from the truth than the
+    scheduler's own. An entry that the step merely hands on (a row with a single 1) is the same tensor, not a copy.
 
     Args:
         state: ``n_in`` tensors of one shape, float32 or float64; entry 0 is the latents.

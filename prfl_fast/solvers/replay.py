@@ -177,10 +177,14 @@ class Replay:
     def difference(self, other: Replay) -> str | None:
         """What two recordings disagree about, history's tensors aside: run state that depends on values."""
         for i, snapshot in self._before.items():
-            name = snapshot.difference(other._before[i])
-            if name is not None:
-                return name
+            for name in sorted(snapshot.difference(other._before[i])):
+                # Objects that can't be compared differ from the first; what no step changed can't depend on values.
+                if name in self._changed(i) or name in other._changed(i):
+                    return name
         return None
+
+    def _changed(self, i: int) -> set[str]:
+        return self._before[i].difference(self._before[self.start_step])
 
 
 def _latents(result: Any) -> Tensor:

@@ -81,13 +81,11 @@ class Snapshot:
         _gather(self._root, vars(self._scheduler), found)
         return tuple(tensor for _, tensor in sorted(found, key=lambda pair: pair[0]))
 
-    def difference(self, other: Snapshot) -> str | None:
-        """Name of an attribute that isn't a slot and yet differs; None where there is none."""
+    def difference(self, other: Snapshot) -> set[str]:
+        """Names of attributes that aren't slots and yet differ."""
         mine, theirs = dict(self._root.values), dict(other._root.values)
-        for name in sorted({*mine, *theirs}):
-            if name not in mine or name not in theirs or not _equal(mine[name], theirs[name]):
-                return str(name)
-        return None
+        names = {*mine, *theirs}
+        return {n for n in names if n not in mine or n not in theirs or not _equal(mine[n], theirs[n])}
 
 
 def _thaw(node: Any, slots: Sequence[Tensor]) -> Any:
