@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     """Train the demo and write its report; see :func:`prfl_fast.demo.run.run_demo`."""
-    from prfl_fast.demo.run import DemoSettings, run_demo
+    from prfl_fast.demo.run import run_demo
+    from prfl_fast.demo.settings import DemoSettings
 
     # Flags that were not given are absent, so every default stands in DemoSettings alone.
     given = {name: value for name, value in vars(options).items() if name not in {"command", "run", "traceback"}}

@@ -50,7 +50,7 @@ def stub_demo(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[Any]:
 
 
 def test_flags_of_the_demo_reach_its_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from prfl_fast.demo.run import DemoSettings
+    from prfl_fast.demo.settings import DemoSettings
 
     seen = stub_demo(monkeypatch, lambda: None)
     flags = ["--output", str(tmp_path), "--tiny", "--seed", "7", "--seconds", "2.5", "--from-scratch"]

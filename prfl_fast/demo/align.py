@@ -76,7 +76,7 @@ class Trail:
 @dataclass(frozen=True)
 class Aligned:
     """An arm's outcome. ``gradient_norms`` [STEPS]: root mean square over the updates that reached a step, NaN for
-    none; ``plan``: the memory plan of the last rollout as text."""
+    none; ``plan``: the memory plan of the rollouts as text."""
 
     net: nn.Module
     trail: Trail
@@ -116,7 +116,8 @@ def align(
     trail, squares = Trail(), torch.zeros(STEPS, dtype=torch.float64)
     reached = torch.zeros(STEPS, dtype=torch.int64)
     total = seconds if seconds is not None else float(updates or 0)
-    spent, count, calls, next_watch, plan = 0.0, 0, 0, 0.0, ""
+    spent, count, calls, next_watch = 0.0, 0, 0, 0.0
+    plan: prfl_fast.MemoryPlan | None = None
     unit = "s" if updates is None else "update"
     with tqdm(total=round(total), desc=arm.label, unit=unit, disable=not progress) as bar:
         while (done := spent if updates is None else float(count)) < total or count == 0:
@@ -130,11 +131,11 @@ def align(
             )
             value = float("nan")
             if arm.reward is not None:
-                sample, logits = _rollout(net, arm, rewards, generator, memory_budget)
+                sample, logits = _rollout(net, arm, rewards, generator, memory_budget, plan)
                 loss = loss + torch.relu(arm.margin - logits).mean()
                 value = float(logits.detach().mean())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             count += 1
@@ -143,7 +144,7 @@ def align(
                 reached += torch.isfinite(norms)
                 squares += norms.nan_to_num().square()
                 calls += sample.network_calls
-                plan = str(sample.plan)
+                plan = sample.plan  # planned once: every rollout of an arm has the same shapes
             spent += clock() - start
             trail.seconds.append(spent)
             trail.reward.append(value)
@@ -155,11 +156,16 @@ def align(
         trail.watched_seconds.append(spent)
         trail.watched.append(watch(net))
     mean = (squares / reached).sqrt()  # 0 / 0 is NaN: no gradient ever reached that step
-    return Aligned(net.eval().requires_grad_(False), trail, count, spent, calls, mean.tolist(), plan)
+    return Aligned(net.eval().requires_grad_(False), trail, count, spent, calls, mean.tolist(), str(plan or ""))
 
 
 def _rollout(
-    net: nn.Module, arm: Arm, rewards: Rewards, generator: torch.Generator, memory_budget: str | int | None
+    net: nn.Module,
+    arm: Arm,
+    rewards: Rewards,
+    generator: torch.Generator,
+    memory_budget: str | int | None,
+    plan: prfl_fast.MemoryPlan | None,
 ) -> tuple[prfl_fast.Sample, Tensor]:
     """One differentiable rollout and the logits of its taps, ``[taps * batch]``."""
     config: Any = net.config
@@ -177,7 +183,8 @@ def _rollout(
         supervise=arm.supervise,
         conditioning=prompt(arm.batch),
         gradient=gradient,
-        memory_budget=memory_budget,
+        memory_budget=memory_budget if plan is None else None,
+        plan=plan,
     )
     if arm.reward == "latent":
         logits = [latent_logits(rewards.latent, tap.latents, tap.timestep) for tap in sample.taps]

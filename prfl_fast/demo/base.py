@@ -61,7 +61,8 @@ def flow_matching_loss(net: nn.Module, latents: Tensor, generator: torch.Generat
     sigmas = draw_sigmas(len(latents), generator)
     noisy, velocity = add_noise(latents, sigmas, generator)
     predicted = net(noisy, sigmas * TRAIN_TIMESTEPS, **prompt(len(latents)), return_dict=False)[0]
-    return (predicted - velocity).square().mean()
+    loss: Tensor = (predicted - velocity).square().mean()
+    return loss
 
 
 def train_base(
@@ -92,7 +93,7 @@ def train_base(
         rows = torch.randint(len(latents), (batch,), generator=generator)
         loss = flow_matching_loss(net, latents[rows], generator)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (1 + update) / (10 + update))

@@ -31,7 +31,7 @@ def gradient_table(net: nn.Module, reward: nn.Module, noise: Tensor) -> list[dic
             sample = prfl_fast.unrolled_sample(
                 net, make_scheduler(), noise, STEPS, conditioning=prompt(len(noise)), gradient=mode
             )
-            latent_logits(reward, sample.latents, sample.timestep).mean().backward()  # type: ignore[no-untyped-call]
+            latent_logits(reward, sample.latents, sample.timestep).mean().backward()
             return sample.network_calls
 
         return backward
@@ -43,7 +43,7 @@ def gradient_table(net: nn.Module, reward: nn.Module, noise: Tensor) -> list[dic
         for t in scheduler.timesteps:
             velocity = net(x, t.expand(len(x)), **prompt(len(x)), return_dict=False)[0]
             x = scheduler.step(velocity, t, x, return_dict=False)[0]
-        latent_logits(reward, x, torch.zeros(())).mean().backward()  # type: ignore[no-untyped-call]
+        latent_logits(reward, x, torch.zeros(())).mean().backward()
         return STEPS
 
     rows: list[dict[str, Any]] = []

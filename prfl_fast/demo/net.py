@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHANNELS = 8
+CHANNELS = 6
 FRAMES, ROWS, COLUMNS = 8, 4, 4  # of a latent
 TEXT_DIM = 16
 TRAIN_TIMESTEPS = 1000
 
 CONFIG: dict[str, Any] = {
     "patch_size": [1, 4, 4],  # one token a frame: the model has to learn motion, not texture
-    "num_attention_heads": 4,
+    "num_attention_heads": 6,
     "attention_head_dim": 32,
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,

@@ -139,7 +139,7 @@ def _train(
             rows = torch.randint(len(labelled.good), (64,), generator=generator)
             loss = reward_bce_loss(logits(labelled.latents[rows], generator), labelled.good[rows])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(reward.parameters(), 1.0)
             optimizer.step()
             update += 1

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -39,11 +38,10 @@ from prfl_fast.demo.rewards import (
 from prfl_fast.demo.sample import STEPS
 from prfl_fast.demo.settings import ARMS, DemoSettings
 from prfl_fast.demo.stages import Stages
+from prfl_fast.demo.study_tables import TINY_PLAN, Plan, as_text, make_tables
 from prfl_fast.reward import LatentRewardModel
 
-SEEDS = (1, 2, 3)
 TUNING_SEED = 0
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 JUDGED_SEED, TUNING_NOISE = 779, 780  # of initial noise that no training draws
 WORKERS = 2
 
@@ -66,28 +64,12 @@ class Job:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long everything takes: processor seconds of an arm and of its tuning, updates of the other comparison."""
-
-    arm_seconds: float = 60.0
-    tuning_seconds: float = 40.0
-    updates: int = 100
-    seeds: tuple[int, ...] = SEEDS
-    rates: tuple[float, ...] = RATES
-    judged: int = 128
-
-
-TINY_PLAN = Plan(arm_seconds=0.5, tuning_seconds=0.5, updates=1, seeds=(1,), rates=(1e-4, 2e-4), judged=8)
-
-
 def run_study(settings: DemoSettings) -> Path:
     """Run what is not done yet and write ``output/study.json``, which is also what this returns."""
     plan = TINY_PLAN if settings.tiny else Plan(arm_seconds=settings.seconds)
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
     finished = _Finished(output / "study.jsonl")
-    start = time.time()
     arms = {arm.key: arm for arm in ARMS}
 
     run = _Runner(settings, plan, finished)
@@ -102,7 +84,7 @@ def run_study(settings: DemoSettings) -> Path:
         best = min((row for row in tuning if row["job"]["arm"]["key"] == key), key=lambda row: row["total_error"])
         arms[key] = replace(arms[key], rate=best["job"]["arm"]["rate"])
     arms["flow_matching"] = replace(arms["flow_matching"], rate=arms["full"].rate)
-    supervised = [
+    supervised: list[Arm] = [
         replace(arms["full"], key=f"full_{name}", label=f"Full chain, {name}", supervise=taps)
         for name, taps in _TAPS.items()
     ]
@@ -124,16 +106,15 @@ def run_study(settings: DemoSettings) -> Path:
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
         "commit": _commit(),
-        "seconds": finished.seconds + time.time() - start,
+        "seconds": sum(row["wall_seconds"] for row in finished.rows.values()) / WORKERS,
         "plan": asdict(plan),
-        "tables": _tables(tuning, done, references, accuracies, plan),
+        "tables": make_tables(tuning, done, references, accuracies, plan),
         "runs": list(finished.rows.values()),
     }
-    finished.add_seconds(time.time() - start)
     target = output / "study.json"
     target.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for table in content["tables"]:
-        print(_text(table))
+        print(as_text(table))
     print(f"written: {target}")
     return target
 
@@ -144,23 +125,13 @@ class _Finished:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        self.seconds = 0.0
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                if "seconds_before" in row:
-                    self.seconds += row["seconds_before"]
-                else:
-                    self.rows[row["key"]] = row
+                self.rows[row["key"]] = row
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
-        self._append(row)
-
-    def add_seconds(self, seconds: float) -> None:
-        self._append({"seconds_before": seconds})
-
-    def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -206,7 +177,9 @@ class _Runner:
 
 def _keyed(packed: tuple[Callable[[Any], dict[str, Any]], str, Any]) -> dict[str, Any]:
     function, key, arguments = packed
-    return {"key": key, **function(arguments)}
+    start = time.perf_counter()
+    row = function(arguments)
+    return {"key": key, **row, "wall_seconds": time.perf_counter() - start}
 
 
 def _stages(settings: DemoSettings) -> Stages:
@@ -291,113 +264,6 @@ def _run_job(arguments: tuple[DemoSettings, Plan, Job]) -> dict[str, Any]:
 def _means(verdict: Any) -> dict[str, float]:
     keys = ("motion_error", "structure_error", "net_move", "reward")
     return {key: verdict.mean(key) for key in keys} | {"diversity": verdict.diversity}
-
-
-_HEAD = ["Updates", "Motion error", "Structure error", "Net movement", "Diversity", "Reward"]
-_KEYS = ("updates", "motion_error", "structure_error", "net_move", "diversity", "reward")
-
-
-def _tables(
-    tuning: list[dict[str, Any]],
-    done: dict[str, list[dict[str, Any]]],
-    references: dict[str, dict[str, float]],
-    accuracies: list[dict[str, Any]],
-    plan: Plan,
-) -> list[dict[str, Any]]:
-    over = f"Mean and standard deviation over {len(plan.seeds)} training seeds, {plan.judged} judged clips each."
-
-    def rows_of(table: str) -> dict[str, list[dict[str, Any]]]:
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in done[table]:
-            job = row["job"]
-            name = job["arm"]["label"] if table != "backbone" else f"{job['backbone'].capitalize()} backbone"
-            groups.setdefault(name, []).append(row)
-        return groups
-
-    before = [[name, "–", *(f"{means[key]:.3g}" for key in _KEYS[1:])] for name, means in references.items()]
-    tables = []
-    for table, note in (
-        ("equal time", f"{plan.arm_seconds:.0f} s of one thread for each arm. {over}"),
-        ("equal updates", f"{plan.updates} updates for each arm. {over}"),
-        (
-            "supervised",
-            f"Where the reward looks along the full chain: at the end (late: the full chain as above),"
-            f" after step 6 of {STEPS} (early), or 8 (middle). {plan.arm_seconds:.0f} s each. {over}",
-        ),
-        ("backbone", f"PRFL with a reward on pretrained and on random blocks; {plan.arm_seconds:.0f} s each. {over}"),
-    ):
-        groups = rows_of(table)
-        wins = {name: _wins(rows, groups.get("RGB ReFL, last step", [])) for name, rows in groups.items()}
-        with_wins = any(wins.values())
-        head = ["Arm", *_HEAD, *(["Won against RGB ReFL"] if with_wins else [])]
-        body = [
-            [name, *(_spread([row[key] for row in rows]) for key in _KEYS), *([wins[name]] if with_wins else [])]
-            for name, rows in groups.items()
-        ]
-        top = [[*row, *([""] if with_wins else [])] for row in before]
-        tables.append({"title": table.capitalize(), "note": note, "head": head, "rows": [*top, *body]})
-    tables.append(_accuracy_table(accuracies))
-    tables.append(
-        {
-            "title": "Tuning",
-            "note": "Motion plus structure error for each learning rate, on seeds of its own; the best is used above.",
-            "head": ["Arm", *(f"{rate:g}" for rate in plan.rates)],
-            "rows": [
-                [
-                    arm.label,
-                    *(
-                        f"{row['total_error']:.3f}"
-                        for rate in plan.rates
-                        for row in tuning
-                        if row["job"]["arm"]["key"] == arm.key and row["job"]["arm"]["rate"] == rate
-                    ),
-                ]
-                for arm in ARMS
-                if arm.reward is not None
-            ],
-        }
-    )
-    return tables
-
-
-def _accuracy_table(accuracies: list[dict[str, Any]]) -> dict[str, Any]:
-    sigmas = next(row["accuracy"]["sigma"] for row in accuracies if row["kind"] == "latent")
-    rows = []
-    for kind, name in (("latent", "Pretrained backbone"), ("random", "Random backbone")):
-        each = [row["accuracy"]["accuracy"] for row in accuracies if row["kind"] == kind]
-        rows.append([name, *(f"{mean(values):.3f}" for values in zip(*each, strict=True))])
-    pixel = [row["accuracy"] for row in accuracies if row["kind"] == "pixel"]
-    rows.append(["Pixel reward", f"{mean(pixel):.3f}", *[""] * (len(sigmas) - 1)])
-    return {
-        "title": "Accuracy of the rewards",
-        "note": f"On held-out clips against noise level, mean of {len(pixel)} training seeds.",
-        "head": ["Reward", *(f"{sigma:g}" for sigma in sigmas)],
-        "rows": rows,
-    }
-
-
-def _wins(rows: list[dict[str, Any]], pixel: list[dict[str, Any]]) -> str:
-    """Share of judged clips with the smaller total error, seed by seed, against the pixel baseline."""
-    theirs = {row["job"]["seed"]: row["errors"] for row in pixel}
-    if not theirs or rows is pixel:
-        return ""
-    shares = [
-        mean((a < b) + 0.5 * (a == b) for a, b in zip(row["errors"], theirs[row["job"]["seed"]], strict=True))
-        for row in rows
-    ]
-    return _spread(shares)
-
-
-def _spread(values: Sequence[float]) -> str:
-    middle = f"{mean(values):.3g}" if abs(mean(values)) < 1000 else f"{mean(values):.0f}"
-    return f"{middle} ± {stdev(values):.2g}" if len(values) > 1 else middle
-
-
-def _text(table: dict[str, Any]) -> str:
-    rows = [table["head"], *table["rows"]]
-    widths = [max(len(str(row[column])) for row in rows) for column in range(len(table["head"]))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(["", table["title"], table["note"], *lines])
 
 
 def _commit() -> str:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from prfl_fast.memory.budget import parse_budget
@@ -60,15 +61,23 @@ def plan_for(request: Request, memory_budget: str | int | float, graph: str = "c
     if any("FSDP" in cls.__name__ for module in request.modules for cls in type(module).__mro__):
         raise UntraceableError("it is sharded by FSDP")
     resident = _resident_bytes(request)
+    dtypes: dict[int, torch.dtype] = {}
 
     def ways() -> Iterator[Alternative]:
-        for recompute, keep_last_call in _WAYS:
-            if recompute == "blocks" and not any(n.adapter.blocks() for n in request.networks):
-                continue
+        for recompute, keep_last_call in _ways(request):
             plan = MemoryPlan(recompute, keep_last_call)
-            yield Alternative(recompute, keep_last_call, resident + _made_bytes(replace(request, plan=plan), graph))
+            made = _made_bytes(replace(request, plan=plan), graph, dtypes)
+            yield Alternative(recompute, keep_last_call, resident + made)
 
     return replace(request, plan=choose_plan(budget, ways()))
+
+
+def _ways(request: Request) -> list[tuple[str, bool]]:
+    """Ways that differ in their peak. A graph that is kept at the end of the chain is walked first in the backward,
+    where a recomputed one would stand as well; only one that later calls run beside costs more."""
+    blocks = any(n.adapter.blocks() for n in request.networks)
+    waits = not request.differentiated(request.last_step - 1)
+    return [way for way in _WAYS if (way[0] == "call" or blocks) and (way[1] or waits)]
 
 
 def _resident_bytes(request: Request) -> int:
@@ -81,21 +90,28 @@ def _resident_bytes(request: Request) -> int:
     return sum({t.untyped_storage()._cdata: storage_bytes(t) for t in tensors}.values())
 
 
-def _made_bytes(request: Request, graph: str) -> int:
-    """Peak of what forward and backward of the chain make, counted on fake tensors."""
+def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) -> int:
+    """Peak of what forward and backward of the chain make, counted on fake tensors.
+
+    Earlier steps than those that are traced in full may have some more cotangents of the solver's state beside them
+    (one for each entry at most), so the state is counted once more.
+    """
     pretence = Pretence()
     devices = [request.latents.device] if request.latents.device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(tracing())
+        stack.enter_context(_disable_current_modes())  # what the caller counts or traces is not this
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what a real run has to say, the real run says
         stack.enter_context(pretence.inside(*request.modules))
         stack.enter_context(pretence)
-        pretended = _pretended(request, pretence)
+        pretended = _pretended(request, pretence, graph, dtypes)
+        state = _state_bytes(pretended)
         with LiveBytes() as live:
             _forward_and_backward(pretended, graph)
-        return live.peak
+    peak: int = live.peak
+    return peak + state
 
 
 def _forward_and_backward(request: Request, graph: str) -> None:
@@ -114,8 +130,21 @@ def _forward_and_backward(request: Request, graph: str) -> None:
     sample.backward()
 
 
-def _pretended(request: Request, pretence: Pretence) -> Request:
-    """The request on twins, with stand-ins where a step's call is like a later one's."""
+def _state_bytes(request: Request) -> int:
+    """The solver's state at its largest."""
+    solver, most = request.solver, 0
+    state = solver.initial_state(request.latents.detach())
+    for step in range(request.start_step, request.last_step):
+        noise = solver.draw_noise(step, state[0], _copied(request.generator))
+        with torch.no_grad():
+            state = solver.step(step, state, state[0], noise, request.latent_mask)
+        most = max(most, sum(map(storage_bytes, state)))
+    return most
+
+
+def _pretended(request: Request, pretence: Pretence, graph: str, dtypes: dict[int, torch.dtype]) -> Request:
+    """The request on twins, with stand-ins where a step's call is like a later one's. ``dtypes`` are those of the
+    networks' predictions; it is filled here, by one call of each."""
     eager = {id(n.adapter): _without_wrappers(n.adapter) for n in request.networks}
     networks = [replace(n, adapter=eager[id(n.adapter)]) for n in request.networks]
     twins = replace(
@@ -130,23 +159,25 @@ def _pretended(request: Request, pretence: Pretence) -> Request:
         detect_nonfinite=False,
         progress=False,
     )
-    dtypes: dict[int, torch.dtype] = {}
-    needed = _needed_steps(request)
+    needed = _needed_steps(request, graph)
     for step in range(request.start_step, request.last_step):
         place = step - request.start_step
         if step in needed:
             continue
-        adapter = networks[place].adapter
-        if id(adapter) not in dtypes:
+        adapter, known = networks[place].adapter, id(request.networks[place].adapter)
+        if known not in dtypes:
             caller = Caller(twins, Run(twins))
-            dtypes[id(adapter)] = caller.constant(step, "conditional", twins.latents, twins.conditioning[place]).dtype
-        networks[place] = replace(networks[place], adapter=_stand_in(dtypes[id(adapter)], adapter, pretence))
+            dtypes[known] = caller.constant(step, "conditional", twins.latents, twins.conditioning[place]).dtype
+        networks[place] = replace(networks[place], adapter=_stand_in(dtypes[known], adapter, pretence))
     return replace(twins, networks=tuple(networks))
 
 
-def _needed_steps(request: Request) -> set[int]:
-    """The last two steps of each kind: one may keep its graph while the other is recomputed; earlier ones have fewer
-    latents beside them in the backward."""
+def _needed_steps(request: Request, graph: str) -> set[int]:
+    """The last steps of each kind; earlier ones have fewer latents beside them in the backward.
+
+    Two calls of a kind: the backward of the second to last one finds the gradients of all parameters in place. Two
+    branches are two calls, but in one backward; with ``graph="steps"`` it is the next one that finds them.
+    """
     kinds: dict[Any, list[int]] = {}
     for step in range(request.start_step, request.last_step):
         place = step - request.start_step
@@ -156,7 +187,12 @@ def _needed_steps(request: Request) -> set[int]:
         cuts = tuple((w.zero, w.parameters == 0, w.input == 0) for w in weights)
         shapes = (_shapes(request.conditioning[place]), _shapes(request.negative[place]))
         kinds.setdefault((id(network.adapter), network.guided, cuts, shapes), []).append(step)
-    return {step for steps in kinds.values() for step in steps[-2:]}
+    needed: set[int] = set()
+    for (_, guided, cuts, _), steps in kinds.items():
+        constant = all(zero for zero, _, _ in cuts)
+        branches = guided and request.guidance.both_branches and graph == "chain"
+        needed.update(steps[-1:] if constant or branches else steps[-2:])
+    return needed
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -187,9 +223,10 @@ def _without_wrappers(adapter: Adapter) -> Adapter:
 
 
 class _StandIn:
-    """Looks like the network to the graph of the chain: a prediction that depends on the latents and on a parameter."""
+    """Looks like the network to the graph of the chain: a prediction that depends on the latents and on a parameter,
+    and that saves something for its backward (a checkpoint in which nothing is saved lets go of its input)."""
 
-    def __init__(self, dtype: torch.dtype, anchor: Tensor | None) -> None:
+    def __init__(self, dtype: torch.dtype, anchor: Tensor) -> None:
         self._dtype = dtype
         self._anchor = anchor
 
@@ -200,13 +237,12 @@ class _StandIn:
         return []
 
     def __call__(self, x: Tensor, timestep: Tensor, conditioning: Any, overrides: Any) -> Tensor:
-        prediction = x.to(self._dtype)
-        return prediction.clone() if self._anchor is None else prediction + self._anchor
+        return x.to(self._dtype) * self._anchor
 
 
 def _stand_in(dtype: torch.dtype, adapter: Adapter, pretence: Pretence) -> Adapter:
     module = adapter.module()
     trainable = module is not None and any(p.requires_grad for p in module.parameters())
-    anchor = torch.zeros((), dtype=dtype).requires_grad_() if trainable else None
+    anchor = torch.zeros((), dtype=dtype, device="cpu").requires_grad_(trainable)
     # The chain asks an adapter for these three things only.
-    return cast(Adapter, _StandIn(dtype, None if anchor is None else pretence.twin(anchor)))
+    return cast(Adapter, _StandIn(dtype, pretence.twin(anchor)))

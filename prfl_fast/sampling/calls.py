@@ -84,6 +84,7 @@ class Caller:
         return CallWatch(
             f"step {step}, {branch} branch",
             adapter.blocks(),
+            self._run.undoing,
             nonfinite=request.detect_nonfinite,
             recompute=request.verify_recompute,
         )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = None
         yield
     finally:
-        for parameter, grad in zip(parameters, own):
+        for parameter, grad in zip(parameters, own, strict=True):
             parameter.grad = grad
 
 
@@ -103,7 +104,7 @@ def measure_gradient(
 def gradient_agreement(gradients: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> tuple[float, float]:
     """Cosine and norm ratio of two gradients given parameter by parameter, in float64; None counts as zero."""
     dot = own = reference = 0.0
-    for a, b in zip(gradients, exact):
+    for a, b in zip(gradients, exact, strict=True):
         own += 0.0 if a is None else float(a.detach().double().square().sum())
         reference += 0.0 if b is None else float(b.detach().double().square().sum())
         if a is not None and b is not None:
@@ -155,13 +156,13 @@ def compare_gradients(
             transformer, scheduler, latents, num_inference_steps, gradient=mode, generator=generator, **arguments
         )
         values = [reward(tap.latents, tap.timestep).mean() for tap in sample.taps]
-        torch.stack(values).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(values).sum().backward()
         return sample.network_calls
 
     rows: list[GradientRow] = []
     exact: list[Tensor | None] = []
     for mode in ["full", *(m for m in modes if m != "full")]:
-        gradients, calls, seconds, peak = measure_gradient(parameters, lambda m=mode: backward(m), latents.device)
+        gradients, calls, seconds, peak = measure_gradient(parameters, partial(backward, mode), latents.device)
         if not rows:
             exact = gradients
         cosine, ratio = gradient_agreement(gradients, exact)

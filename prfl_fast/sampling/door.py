@@ -219,7 +219,7 @@ def _adapters(transformer: Any, transformer_2: Any, boundary_ratio: float | None
     if boundary_ratio is not None and not 0 <= boundary_ratio <= 1:
         raise ValueError(f"boundary_ratio: expected a number in 0..1, got {boundary_ratio!r}")
     networks = [transformer] if transformer_2 is None else [transformer, transformer_2]
-    for name, network in zip(("transformer", "transformer_2"), networks):
+    for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
         if not callable(network):
             raise TypeError(f"{name}: expected a diffusers transformer or a callable, got {type(network).__name__}")
         refuse_unusable(network)
@@ -247,7 +247,7 @@ def _mode(
     if supervise is not None:
         taps = tuple(supervise)
         if stop_step is not None:
-            raise ValueError("supervise, stop_step: the chain ends at the last supervised step; expected one of the two")
+            raise ValueError("supervise, stop_step: the chain ends at the last supervised step; give one of the two")
         if not taps or not all(_is_int(k) and low <= k <= high for k in taps) or list(taps) != sorted(set(taps)):
             raise ValueError(f"supervise: expected ascending whole numbers in {low}..{high}, got {supervise!r}")
     return resolve_mode(
@@ -309,7 +309,7 @@ def _per_step(name: str, given: ConditioningLike, steps: range, timesteps: Tenso
 def _merge(positive: tuple[Conditioning, ...], negative: tuple[Conditioning, ...]) -> tuple[Conditioning, ...]:
     """Negative keywords over the positive ones; equal pairs of dictionaries give one and the same."""
     merged: dict[tuple[int, int], Conditioning] = {}
-    return tuple(merged.setdefault((id(p), id(n)), {**p, **n}) for p, n in zip(positive, negative))
+    return tuple(merged.setdefault((id(p), id(n)), {**p, **n}) for p, n in zip(positive, negative, strict=True))
 
 
 def _check_gradient(request: Request, num_networks: int) -> None:

@@ -55,18 +55,18 @@ class ModelGuard:
         """Raises ModelChangedError, naming the first thing that differs."""
         versions = self._read_versions()
         if versions != self._versions:
-            pairs = zip(self._tensors, versions, self._versions)
+            pairs = zip(self._tensors, versions, self._versions, strict=True)
             name, now, then = next((n, now, then) for (n, _), now, then in pairs if now != then)
             what = "was written to" if now[0] != then[0] else "was frozen or unfrozen"
             self._fail(f"tensor {name!r} {what}")
         training = [m.training for _, m in self._modules]
         if training != self._training:
-            index = next(i for i, (a, b) in enumerate(zip(training, self._training)) if a != b)
+            index = next(i for i, (a, b) in enumerate(zip(training, self._training, strict=True)) if a != b)
             name, mode = self._modules[index][0], "train" if training[index] else "eval"
             self._fail(f"module {name or '(root)'!r} is now in {mode} mode")
         adapters = [_adapter_state(layer) for _, layer in self._layers]
         if adapters != self._adapters:
-            index = next(i for i, (a, b) in enumerate(zip(adapters, self._adapters)) if a != b)
+            index = next(i for i, (a, b) in enumerate(zip(adapters, self._adapters, strict=True)) if a != b)
             self._fail(f"LoRA scaling or active adapters of {self._layers[index][0]!r} differ")
 
     @staticmethod

@@ -171,7 +171,7 @@ def resolve_mode(
         return ResolvedMode("custom", taps, tuple(gradient for _ in taps))
     if not isinstance(gradient, str):
         raise TypeError(
-            f"gradient: expected a string or a GradientMode, got {type(gradient).__name__}; strings: {', '.join(_KINDS)}"
+            f"gradient: expected a string ({', '.join(_KINDS)}) or a GradientMode, got {type(gradient).__name__}"
         )
     kind, colon, text = gradient.partition(":")
     numbered = {"last", "step", "drtune"}

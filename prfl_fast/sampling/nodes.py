@@ -32,7 +32,7 @@ class _Root(torch.autograd.Function):
             run.begin_backward()
             run.backward_task = task
             # Runs when this whole backward is through; an exception never reaches it.
-            torch.autograd.Variable._execution_engine.queue_callback(run.end_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(run.end_backward)
         return gradients[0], None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Run:
         self._num_steps = request.solver.num_steps
         self._backward_steps = sum(request.differentiated(i) for i in range(request.start_step, request.last_step))
         self._show = request.progress
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self.in_backward = False
         self.backward_task = -1
         self.network_calls = 0

@@ -123,11 +123,13 @@ class StepTape:
 
     def _step_back(self, request: Request, sweeps: list[_Sweep], step: int) -> None:
         record = self._records.pop(step, None)
-        kept = (None, None, ()) if record is None else (record.state, record.prediction.detach(), record.noise)
+        state = None if record is None else record.state
+        prediction = None if record is None else record.prediction.detach()
+        noise = () if record is None else record.noise
         for number, sweep in enumerate(sweeps):
             weights = request.mode.weights(sweep.tap, step)
             into_state, into_prediction = request.solver.pullback(
-                step, *kept, sweep.cotangents, request.latent_mask
+                step, state, prediction, noise, sweep.cotangents, request.latent_mask
             )
             if into_prediction is not None and record is not None and not weights.zero:
                 into_prediction = into_prediction.to(record.prediction.dtype)
@@ -155,7 +157,7 @@ def _given(
     given = [*([None] * (len(taps) - 1)), gradient] if isinstance(gradient, Tensor) else list(gradient)
     if len(given) != len(taps):
         raise ValueError(f"gradient: expected one entry per tap ({len(taps)}), got {len(given)}")
-    for tap, entry in zip(taps, given):
+    for tap, entry in zip(taps, given, strict=True):
         if entry is not None and entry.shape != tap.latents.shape:
             raise ValueError(f"gradient: expected shape {tuple(tap.latents.shape)}, got {tuple(entry.shape)}")
     return given
@@ -166,7 +168,7 @@ def _tap_gradient(tap: Tap, loss_fn: TapLoss) -> tuple[Tensor | None, Tensor]:
     loss = loss_fn(leaf, tap.timestep, tap.step)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError("sample.backward(loss_fn): the function must give one number as a tensor")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return leaf.grad, loss.detach()
 
 
@@ -179,7 +181,7 @@ def _same_below(request: Request, a: int, b: int, step: int) -> bool:
 def _add(a: Cotangents, b: Cotangents) -> Cotangents:
     length = max(len(a), len(b))
     padded = [(*t, *([None] * (length - len(t)))) for t in (a, b)]
-    return tuple(y if x is None else x if y is None else x + y for x, y in zip(*padded))
+    return tuple(y if x is None else x if y is None else x + y for x, y in zip(*padded, strict=True))
 
 
 def _join(request: Request, sweeps: list[_Sweep], new: _Sweep, step: int) -> None:
@@ -206,10 +208,10 @@ def _call_back(record: _Record, gradient: Tensor, weights: StepWeights, *, retai
     if weights.parameters == 0:
         if not wants_x:
             return None
-        (into_x,) = torch.autograd.grad(
+        (only,) = torch.autograd.grad(
             record.prediction, x, gradient * weights.input, retain_graph=retain, allow_unused=True
         )
-        return into_x
+        return only
     x.grad = None
     torch.autograd.backward(record.prediction, gradient * weights.parameters, retain_graph=retain)
     into_x, x.grad = x.grad, None

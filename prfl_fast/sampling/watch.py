@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -54,15 +54,23 @@ class CallWatch:
     Args:
         where: text that names the call in an error.
         blocks: the network's blocks by name.
+        undoing: context around what is raised inside a backward, which undoes that backward.
         nonfinite: raise NonFiniteError at the first block whose output, or output gradient, is not finite.
         recompute: raise RecomputationError at the first block whose recomputed output differs in a bit.
     """
 
     def __init__(
-        self, where: str, blocks: Sequence[tuple[str, nn.Module]], *, nonfinite: bool, recompute: bool
+        self,
+        where: str,
+        blocks: Sequence[tuple[str, nn.Module]],
+        undoing: Callable[[], AbstractContextManager[None]],
+        *,
+        nonfinite: bool,
+        recompute: bool,
     ) -> None:
         self._where = where
         self._blocks = blocks
+        self._undoing = undoing
         self._nonfinite = nonfinite
         self._recompute = recompute
         self._hashes: dict[str, Tensor] = {}
@@ -93,5 +101,6 @@ class CallWatch:
                 )
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
-        if not _is_finite(gradient):
-            raise NonFiniteError(f"{self._where}, {name}: the backward gave a gradient that is not finite")
+        with self._undoing():
+            if not _is_finite(gradient):
+                raise NonFiniteError(f"{self._where}, {name}: the backward gave a gradient that is not finite")

@@ -2,6 +2,10 @@
 
 The bound: both sides do the same float64 arithmetic in another order, some 1e3 operations deep, so they agree to about
 1e3 * 2^-53 = 1e-13 times the condition of the tiny network; 1e-10 leaves three digits for that.
+
+Some schedulers round the latents to float32 in every step, whatever their dtype. Kept in the graph they do so on both
+sides; their table, which is exact, differs from the loop by one such rounding a step, 2^-24, times that condition, of
+which 10 is left here.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ pytest.importorskip("diffusers")
 
 STEPS = 5
 TOLERANCE = 1e-10
+ROUNDED_TOLERANCE = 10 * STEPS * 2.0**-24
+ROUND_THE_LATENTS = {"dpm", "euler_epsilon"}
 
 
 @pytest.mark.parametrize("graph", ["chain", "steps"])
@@ -28,7 +34,8 @@ def test_full_chain_equals_plain_loop(name: str, scale: float, solver: str, grap
     problem = plainloop.Problem(seed=3, scheduler=plainloop.scheduler(name), steps=STEPS, scale=scale)
     expected = problem.plain_gradients()
     actual = problem.chain_gradients(solver=solver, graph=graph, gradient="full")
-    plainloop.assert_same(actual, expected, TOLERANCE)
+    rounded = solver == "table" and name in ROUND_THE_LATENTS
+    plainloop.assert_same(actual, expected, ROUNDED_TOLERANCE if rounded else TOLERANCE)
 
 
 @pytest.mark.parametrize("graph", ["chain", "steps"])
@@ -60,7 +67,9 @@ def test_supervised_taps_sum_the_chains_that_end_there(taps: tuple[int, ...], gr
     problem = plainloop.Problem(seed=6, scheduler=plainloop.scheduler("unipc"), steps=STEPS, scale=2.0)
     expected = None
     for tap in taps:
-        part = problem.plain_gradients(plainloop.resolved(gradient, STEPS, stop=tap), stop=tap)
+        # A tap after fewer than K steps has all of them differentiated.
+        own = f"last:{min(tap, int(gradient[5:]))}" if gradient != "full" else gradient
+        part = problem.plain_gradients(plainloop.resolved(own, STEPS, stop=tap), stop=tap)
         expected = part if expected is None else {k: expected[k] + part[k] for k in part}
     assert expected is not None
     actual = problem.chain_gradients(graph=graph, gradient=gradient, supervise=taps)
@@ -113,7 +122,7 @@ def test_retain_graph_hooks_and_autograd_grad() -> None:
     names = [k for k, _ in problem.net.named_parameters()]
     parameters = [p for _, p in problem.net.named_parameters()]
     grads = torch.autograd.grad(problem.loss(problem.sample().latents), parameters)
-    plainloop.assert_same(dict(zip(names, grads)), {k: once[k] for k in names}, TOLERANCE)
+    plainloop.assert_same(dict(zip(names, grads, strict=True)), {k: once[k] for k in names}, TOLERANCE)
     assert all(p.grad is None for p in parameters)
 
 

@@ -258,6 +258,15 @@ def test_gradient_equals_that_of_the_pipelines_own_loop(family: str, solver: str
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in actual)
 
 
+def test_lora_scale_of_the_pipelines_call() -> None:
+    pipe = tinypipes.wan(torch.float32)
+    with_lora(pipe)
+    half = {"attention_kwargs": {"scale": 0.5}}
+    expected = of_pipeline(pipe, "wan", **half)
+    assert_same_bits(of_chain(pipe, "wan", **half), expected)
+    assert not torch.equal(of_chain(pipe, "wan"), expected)
+
+
 def test_given_latents_and_embeddings_keep_their_graph() -> None:
     for family, make in (("wan", tinypipes.wan), ("cogvideox", tinypipes.cogvideox)):
         pipe = make(torch.bfloat16)

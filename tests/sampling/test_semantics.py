@@ -204,6 +204,17 @@ def test_create_graph_is_refused() -> None:
 # Faults
 
 
+def same(a: Any, b: Any) -> bool:
+    """Equality that goes into tensors and containers."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
 class Boom(BaseException):
     """Not an Exception, as KeyboardInterrupt is not."""
 
@@ -237,10 +248,10 @@ def test_a_fault_in_any_call_leaves_everything_as_it_was(
             sample.backward()
         handle.remove()
         now = [p.grad for p in problem.net.parameters()]
-        assert all(a is b for a, b in zip(now, own)), f"call {call}"
+        assert all(a is b for a, b in zip(now, own, strict=True)), f"call {call}"
         assert all(g is None or bool((g == 1).all()) for g in now), f"call {call}"
         assert not any(m._forward_hooks for m in problem.net.modules())
-        assert problem.scheduler.__dict__ == state
+        assert same(problem.scheduler.__dict__, state)
     plainloop.assert_same(problem.chain_gradients(graph=graph), expected, 0.0)
 
 
@@ -255,13 +266,15 @@ def test_nonfinite_values_are_named(graph: str) -> None:
     with pytest.raises(FloatingPointError, match=r"step 2, unconditional branch"):
         problem.sample(graph=graph, detect_nonfinite=True)
     handle.remove()
-    sample = problem.sample(graph=graph, detect_nonfinite=True)
+    problem.net.calls = 0
 
     def poison_gradient(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        if output.requires_grad and problem.net.calls == 2 * STEPS * 2 - 1:
+        # A checkpoint's backward walks the forward's own nodes: hooks on recomputed tensors would never fire.
+        if problem.net.calls == 1:
             output.register_hook(lambda g: g * float("inf"))
 
     problem.net.last.register_forward_hook(poison_gradient)
+    sample = problem.sample(graph=graph, detect_nonfinite=True)
     with pytest.raises(FloatingPointError, match=r"step 0, .* backward"):
         problem.loss(sample.latents).backward()
         sample.backward()
@@ -311,7 +324,9 @@ def test_nothing_is_left_behind() -> None:
         ({"memory_budget": "lots"}, ValueError, "memory_budget"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_call(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_bad_arguments_are_refused_before_any_call(
+    arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
     problem = make()
     with pytest.raises(error, match=text):
         problem.sample(**arguments)
