@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from prfl_fast.ops.backends import backend
 from prfl_fast.ops.query_pool import query_pool
 from prfl_fast.ops.solver_step import StepCoefficients, solver_step, solver_step_transpose
 
-__all__ = ["StepCoefficients", "query_pool", "solver_step", "solver_step_transpose"]
+__all__ = ["StepCoefficients", "backend", "query_pool", "solver_step", "solver_step_transpose"]

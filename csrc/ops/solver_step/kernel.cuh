@@ -1,0 +1,186 @@
+// Device code of the solver step and its transpose: one launch, every tensor read once and written once. No torch here.
+#pragma once
+
+#include "ops/solver_step/linear_map.h"
+
+#ifndef __CUDACC__
+#define __grid_constant__
+#endif
+
+namespace prfl::solver_step {
+
+constexpr int kThreads = 256;
+constexpr int kVector = 4;  // neighbouring elements of one thread: 16 bytes of float
+
+template <typename E>
+struct alignas(sizeof(E) * kVector < 16 ? sizeof(E) * kVector : 16) Pack {
+  E element[kVector];
+};
+
+// Elements start .. start + count - 1 as T; whole and aligned vectors in loads of up to 16 bytes, others one by one.
+template <typename T, typename E>
+__device__ __forceinline__ void load_as(const void* data, int64_t start, int count, T (&value)[kVector]) {
+  const E* from = static_cast<const E*>(data) + start;
+  if (count == kVector && reinterpret_cast<uintptr_t>(from) % alignof(Pack<E>) == 0) {
+    const Pack<E> pack = *reinterpret_cast<const Pack<E>*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) value[i] = narrow<T>(widen(pack.element[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) value[i] = i < count ? narrow<T>(widen(from[i])) : T(0);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void load(const Source& source, int64_t start, int count, T (&value)[kVector]) {
+  switch (source.scalar) {
+    case Scalar::f32: return load_as<T, float>(source.data, start, count, value);
+    case Scalar::f64: return load_as<T, double>(source.data, start, count, value);
+    case Scalar::f16: return load_as<T, Half>(source.data, start, count, value);
+    case Scalar::bf16: return load_as<T, BFloat16>(source.data, start, count, value);
+  }
+}
+
+template <typename T, typename E>
+__device__ __forceinline__ void store_as(void* data, int64_t start, int count, const T (&value)[kVector]) {
+  E* to = static_cast<E*>(data) + start;
+  if (count == kVector && reinterpret_cast<uintptr_t>(to) % alignof(Pack<E>) == 0) {
+    Pack<E> pack;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) pack.element[i] = narrow<E>(value[i]);
+    *reinterpret_cast<Pack<E>*>(to) = pack;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count) to[i] = narrow<E>(value[i]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const Target& target, int64_t start, int count, const T (&value)[kVector]) {
+  switch (target.scalar) {
+    case Scalar::f32: return store_as<T, float>(target.data, start, count, value);
+    case Scalar::f64: return store_as<T, double>(target.data, start, count, value);
+    case Scalar::f16: return store_as<T, Half>(target.data, start, count, value);
+    case Scalar::bf16: return store_as<T, BFloat16>(target.data, start, count, value);
+  }
+}
+
+// Bits of the mask, one per element of the thread.
+__device__ __forceinline__ unsigned load_mask(const Mask& mask, int64_t start, int count) {
+  unsigned bits = 0;
+  if (mask.dims == 1 && mask.stride[0] == 1) {
+    unsigned char value[kVector];
+    const uint8_t* from = mask.data + start;
+    if (count == kVector && reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
+      const Pack<unsigned char> pack = *reinterpret_cast<const Pack<unsigned char>*>(from);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) value[i] = pack.element[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) value[i] = i < count ? from[i] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) bits |= (value[i] != 0 ? 1u : 0u) << i;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count && mask_at(mask, start + i)) bits |= 1u << i;
+    }
+  }
+  return bits;
+}
+
+// a - b, a + b and a * b that no compiler may fuse: guidance has the reference's roundings.
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+
+// T: dtype of the state. kRows: at least map.rows; rows beyond it cost registers only.
+template <typename T, int kRows, bool kTransposed>
+__global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_constant__ LinearMap map) {
+  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+  if (start >= map.length) return;
+  const int count = map.length - start < kVector ? static_cast<int>(map.length - start) : kVector;
+  const bool masked = map.mask.data != nullptr;
+  const unsigned changes = masked ? load_mask(map.mask, start, count) : ~0u;
+
+  // From -0: the first fused product is then the product itself, its sign of zero included.
+  double sum[kRows][kVector];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum[r][i] = -0.0;
+  }
+
+  T held[kVector];  // term 0 as it is
+#pragma unroll 4
+  for (int t = 0; t < map.terms; ++t) {
+    T value[kVector];
+    load(map.term[t], start, count, value);
+    if (map.second.data != nullptr && t == (kTransposed ? 0 : map.guided)) {
+      T other[kVector];
+      load(map.second, start, count, other);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (kTransposed) {
+          value[i] = add(value[i], other[i]);
+        } else {
+          value[i] = add(other[i], multiply(static_cast<T>(map.guidance), add(value[i], -other[i])));
+        }
+      }
+    }
+    if (masked && t == 0) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        held[i] = value[i];
+        if (kTransposed && !(changes >> i & 1u)) value[i] = T(0);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const double coefficient = map.coefficient[t][r];
+      // A term that does not count is not multiplied by zero: it may be infinite.
+      if (coefficient != 0.0) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sum[r][i] = fma(coefficient, static_cast<double>(value[i]), sum[r][i]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r < map.rows) {
+      T result[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        result[i] = static_cast<T>(sum[r][i]);
+        if (masked && r == 0) {
+          const bool change = changes >> i & 1u;
+          if (kTransposed) {
+            result[i] = add(result[i], change ? T(0) : held[i]);
+          } else if (!change) {
+            result[i] = held[i];
+          }
+        }
+      }
+      if (map.extra.data != nullptr && r == (kTransposed ? map.guided : 0)) {
+        T second[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          second[i] = result[i];
+          if (kTransposed) {
+            result[i] = multiply(result[i], static_cast<T>(map.guidance));
+            second[i] = add(second[i], -result[i]);
+          }
+        }
+        store(map.extra, start, count, second);
+      }
+      store(map.row[r], start, count, result);
+    }
+  }
+}
+
+}  // namespace prfl::solver_step

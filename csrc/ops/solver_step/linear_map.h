@@ -1,0 +1,67 @@
+// What one solver step, or its transpose, computes: plain data that the host fills in and every backend reads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/scalar.h"
+
+namespace prfl::solver_step {
+
+// Terms of the step are the state, the network's output and the noise. More than this is the reference's business.
+constexpr int kMaxTerms = 16;
+constexpr int kMaxMaskDims = 4;
+
+struct Source {
+  const void* data;  // null: absent
+  Scalar scalar;
+};
+
+struct Target {
+  void* data;  // null: absent
+  Scalar scalar;
+};
+
+// True where the step changes x. One byte an element; strides in elements, 0 where the mask is broadcast.
+struct Mask {
+  const uint8_t* data;  // null: absent
+  int dims;
+  int64_t size[kMaxMaskDims];
+  int64_t stride[kMaxMaskDims];
+};
+
+// row[r] = sum over t of coefficient[t][r] * term[t], in double, rounded once. With T the dtype of the state:
+//
+// The step.          term[guided] is T(second) + guidance * (T(term[guided]) - T(second)), in T, when `second` is there.
+//                    With a mask row[0] is term[0] where the mask is false. `extra` is row[0] in another dtype.
+// The transpose.     term[0] has T(second) added, when it is there; with a mask it counts as zero where the mask is
+//                    false, and is added to row[0] there. row[guided] is first rounded to T, g; with `extra`, the
+//                    unconditional output's gradient, it holds T(g * guidance) and `extra` the rest, g - T(g * guidance).
+struct LinearMap {
+  int64_t length;
+  int terms;
+  int rows;
+  int guided;  // -1: none
+  double guidance;
+  Source term[kMaxTerms];
+  Source second;
+  Target row[kMaxTerms];
+  Target extra;
+  Mask mask;
+  double coefficient[kMaxTerms][kMaxTerms];
+};
+
+// Byte of the mask that belongs to element `index` in logical order.
+PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {
+  int64_t offset = 0;
+#pragma unroll
+  for (int d = kMaxMaskDims - 1; d >= 0; --d) {
+    if (d < mask.dims) {
+      const int64_t next = d == 0 ? 0 : index / mask.size[d];
+      offset += (index - next * mask.size[d]) * mask.stride[d];
+      index = next;
+    }
+  }
+  return mask.data[offset] != 0;
+}
+
+}  // namespace prfl::solver_step
