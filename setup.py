@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -135,15 +135,11 @@ class BuildExt(build_ext):
         return {}
 
 
-# The Triton kernels live in a room of their own; the name `kernels` is another project's on the package index.
-PACKAGES = [*find_packages(include=["prfl_fast", "prfl_fast.*"]), "prfl_fast.kernels"]
-
 if compiler() is None:
     print("prfl_fast: no C++ compiler (c++, g++, clang++ or $CXX): a pure Python package is built", file=sys.stderr)
-    setup(packages=PACKAGES)
+    setup()
 else:
     setup(
-        packages=PACKAGES,
         # Tells setuptools that the package has compiled parts; CMake knows which.
         ext_modules=[Extension("prfl_fast._native", sources=[])],
         cmdclass={"build_ext": BuildExt},

@@ -17,24 +17,23 @@ void launch_kernel(const LinearMap& map, cudaStream_t stream) {
   solver_step_kernel<T, kRows, kTransposed><<<blocks, kThreads, 0, stream>>>(map);
 }
 
-template <typename T, bool kTransposed>
-void launch_rows(const LinearMap& map, cudaStream_t stream) {
-  if (map.rows <= 1) return launch_kernel<T, 1, kTransposed>(map, stream);
-  if (map.rows <= 2) return launch_kernel<T, 2, kTransposed>(map, stream);
-  if (map.rows <= 4) return launch_kernel<T, 4, kTransposed>(map, stream);
-  if (map.rows <= 8) return launch_kernel<T, 8, kTransposed>(map, stream);
-  return launch_kernel<T, kMaxTerms, kTransposed>(map, stream);
+// Few variants: rows that are not there cost registers, each further kernel costs build time for every architecture.
+template <bool kTransposed>
+void launch_rows(const LinearMap& map, Scalar state, cudaStream_t stream) {
+  if (state == Scalar::f64) {
+    if (map.rows <= 4) return launch_kernel<double, 4, kTransposed>(map, stream);
+    return launch_kernel<double, kMaxTerms, kTransposed>(map, stream);
+  }
+  if (map.rows <= 2) return launch_kernel<float, 2, kTransposed>(map, stream);
+  if (map.rows <= 4) return launch_kernel<float, 4, kTransposed>(map, stream);
+  return launch_kernel<float, kMaxTerms, kTransposed>(map, stream);
 }
 
 }  // namespace
 
 void launch_cuda(const LinearMap& map, Scalar state, bool transposed, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  if (state == Scalar::f64) {
-    transposed ? launch_rows<double, true>(map, stream) : launch_rows<double, false>(map, stream);
-  } else {
-    transposed ? launch_rows<float, true>(map, stream) : launch_rows<float, false>(map, stream);
-  }
+  transposed ? launch_rows<true>(map, state, stream) : launch_rows<false>(map, state, stream);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("solver_step: the launch failed: ") + cudaGetErrorString(error));

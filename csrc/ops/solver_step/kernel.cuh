@@ -11,18 +11,25 @@ namespace prfl::solver_step {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 4;  // neighbouring elements of one thread: 16 bytes of float
+constexpr int kBatch = 4;   // loads of one thread that are under way at a time
 
 template <typename E>
 struct alignas(sizeof(E) * kVector < 16 ? sizeof(E) * kVector : 16) Pack {
   E element[kVector];
 };
 
+// A whole vector that is known to be aligned.
+template <typename E>
+__device__ __forceinline__ Pack<E> load_pack(const void* data, int64_t start) {
+  return *reinterpret_cast<const Pack<E>*>(static_cast<const E*>(data) + start);
+}
+
 // Elements start .. start + count - 1 as T; whole and aligned vectors in loads of up to 16 bytes, others one by one.
 template <typename T, typename E>
 __device__ __forceinline__ void load_as(const void* data, int64_t start, int count, T (&value)[kVector]) {
   const E* from = static_cast<const E*>(data) + start;
   if (count == kVector && reinterpret_cast<uintptr_t>(from) % alignof(Pack<E>) == 0) {
-    const Pack<E> pack = *reinterpret_cast<const Pack<E>*>(from);
+    const Pack<E> pack = load_pack<E>(data, start);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) value[i] = narrow<T>(widen(pack.element[i]));
   } else {
@@ -98,6 +105,22 @@ __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
+template <int kRows>
+using Sums = double[kRows][kVector];
+
+// sum[r] += coefficient[t][r] * value, fused. A term that does not count is not multiplied by zero: it may be infinite.
+template <typename T, int kRows>
+__device__ __forceinline__ void accumulate(const LinearMap& map, int t, const T (&value)[kVector], Sums<kRows>& sum) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const double coefficient = map.coefficient[t][r];
+    if (coefficient != 0.0) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum[r][i] = fma(coefficient, static_cast<double>(value[i]), sum[r][i]);
+    }
+  }
+}
+
 // T: dtype of the state. kRows: at least map.rows; rows beyond it cost registers only.
 template <typename T, int kRows, bool kTransposed>
 __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_constant__ LinearMap map) {
@@ -106,48 +129,63 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_cons
   const int count = map.length - start < kVector ? static_cast<int>(map.length - start) : kVector;
   const bool masked = map.mask.data != nullptr;
   const unsigned changes = masked ? load_mask(map.mask, start, count) : ~0u;
+  const bool has_second = map.second.data != nullptr;
 
   // From -0: the first fused product is then the product itself, its sign of zero included.
-  double sum[kRows][kVector];
+  Sums<kRows> sum;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum[r][i] = -0.0;
   }
 
-  T held[kVector];  // term 0 as it is
-#pragma unroll 4
-  for (int t = 0; t < map.terms; ++t) {
+  int t = 0;
+  T held[kVector];  // term 0 as it is: x, or its cotangent
+  if (masked || (kTransposed && has_second)) {
+    T value[kVector];
+    load(map.term[0], start, count, value);
+    if (kTransposed && has_second) {
+      T other[kVector];
+      load(map.second, start, count, other);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) value[i] = add(value[i], other[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      held[i] = value[i];
+      if (kTransposed && !(changes >> i & 1u)) value[i] = T(0);
+    }
+    accumulate<T, kRows>(map, 0, value, sum);
+    t = 1;
+  }
+  if (count == kVector) {
+    // All loads of a batch are under way before the first of them is used.
+    for (; t < map.plain; t += kBatch) {
+      Pack<T> pack[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (t + k < map.plain) pack[k] = load_pack<T>(map.term[t + k].data, start);
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (t + k < map.plain) accumulate<T, kRows>(map, t + k, pack[k].element, sum);
+      }
+    }
+    if (map.plain > 0 && t > map.plain) t = map.plain;
+  }
+#pragma unroll 1
+  for (; t < map.terms; ++t) {
     T value[kVector];
     load(map.term[t], start, count, value);
-    if (map.second.data != nullptr && t == (kTransposed ? 0 : map.guided)) {
+    if (!kTransposed && has_second && t == map.guided) {
       T other[kVector];
       load(map.second, start, count, other);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (kTransposed) {
-          value[i] = add(value[i], other[i]);
-        } else {
-          value[i] = add(other[i], multiply(static_cast<T>(map.guidance), add(value[i], -other[i])));
-        }
+        value[i] = add(other[i], multiply(static_cast<T>(map.guidance), add(value[i], -other[i])));
       }
     }
-    if (masked && t == 0) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        held[i] = value[i];
-        if (kTransposed && !(changes >> i & 1u)) value[i] = T(0);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const double coefficient = map.coefficient[t][r];
-      // A term that does not count is not multiplied by zero: it may be infinite.
-      if (coefficient != 0.0) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) sum[r][i] = fma(coefficient, static_cast<double>(value[i]), sum[r][i]);
-      }
-    }
+    accumulate<T, kRows>(map, t, value, sum);
   }
 
 #pragma unroll

@@ -41,6 +41,9 @@ struct LinearMap {
   int terms;
   int rows;
   int guided;  // -1: none
+  // Leading terms of the state's dtype whose data is aligned to 16 bytes and which are not guided: read several at a
+  // time, without a look at each one's dtype. See count_plain.
+  int plain;
   double guidance;
   Source term[kMaxTerms];
   Source second;
@@ -49,6 +52,15 @@ struct LinearMap {
   Mask mask;
   double coefficient[kMaxTerms][kMaxTerms];
 };
+
+inline int count_plain(const LinearMap& map, Scalar state, bool transposed) {
+  int plain = 0;
+  while (plain < map.terms && map.term[plain].scalar == state && (transposed || plain != map.guided) &&
+         reinterpret_cast<uintptr_t>(map.term[plain].data) % 16 == 0) {
+    ++plain;
+  }
+  return plain;
+}
 
 // Byte of the mask that belongs to element `index` in logical order.
 PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {

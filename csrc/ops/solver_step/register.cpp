@@ -101,8 +101,9 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-void run(const LinearMap& map, Scalar state, bool transposed, [[maybe_unused]] const Tensor& like) {
+void run(LinearMap& map, Scalar state, bool transposed, [[maybe_unused]] const Tensor& like) {
   if (map.length == 0) return;
+  map.plain = count_plain(map, state, transposed);
 #ifdef PRFL_WITH_CUDA
   if (like.is_cuda()) {
     const int32_t device = like.get_device_index();
@@ -138,6 +139,7 @@ std::vector<Tensor> step(
     map.second = call.source(*unconditional, terms[0]);
     map.guided = static_cast<int>(guided);
     map.guidance = guidance_scale;
+    STD_TORCH_CHECK(guided > 0 || !mask.has_value(), "solver_step: with a mask, expected x as the first term");
   }
   call.set_mask(mask, terms[0]);
   std::vector<Tensor> results;
