@@ -20,18 +20,20 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit demo-tiny environment clean
+.PHONY: help demo test lint unit demo-tiny environment build clean
 
 help:
 	@echo 'make demo    set up, train the demo, write $(OUT)/index.html (install time is printed apart)'
 	@echo 'make test    set up, ruff, mypy, pytest, the demo in its tiny setting'
 	@echo 'make lint    set up, ruff and mypy alone'
+	@echo 'make build   compile csrc/ again: seconds after a change'
 	@echo 'make clean   remove build outputs, caches and $(OUT)/; the environment stays'
 	@echo
 	@echo 'VENV=DIR     environment to make or to reuse (now: $(VENV))'
 	@echo 'SYSTEM=1     use $(PYTHON) as it is and install there what is missing'
 	@echo 'PYTHON=...   interpreter to make the environment with, 3.10 or newer'
 	@echo 'TORCH=cpu    pin torch as on a machine without a GPU'
+	@echo 'PRFL_CUDA=   on, off or auto: CUDA kernels (now: $${PRFL_CUDA:-auto}); PRFL_CUDA_ARCHS=80,90a picks architectures'
 	@echo 'PIP_FLAGS=   more flags for pip install, --extra-index-url for example'
 	@echo 'OUT=DIR      where make demo writes (now: $(OUT))'
 	@echo 'DEMO_ARGS=   more flags for prfl-fast demo; prfl-fast demo --help lists them'
@@ -53,7 +55,7 @@ endif
 
 # Which torch: an environment that has one keeps it; without a GPU (or with TORCH=cpu) one release is pinned, because
 # the newest brings gigabytes of CUDA libraries; with a GPU the newest wheel is the right one.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	@mkdir -p build
 	@start=$$(date +%s); \
 	have=$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true); \
@@ -65,10 +67,13 @@ $(READY): pyproject.toml setup.py
 	  : > build/constraints.txt; echo 'GPU found: the newest torch'; \
 	fi; \
 	echo 'installing prfl_fast and what its demo and tests need'; \
-	$(PIP) 'setuptools>=77' && \
+	$(PIP) 'setuptools>=77' 'cmake>=3.24' 'ninja>=1.11' 'pybind11>=2.13' && \
 	$(PIP) --no-build-isolation -c build/constraints.txt -e '.[test]' && \
 	echo $$(( $$(date +%s) - start )) > $@ && \
 	echo "installed in $$(cat $@) s"
+
+build: $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
 
 # ------------------------------------------------------------------------------------------------ what it is for
 
@@ -91,5 +96,5 @@ demo-tiny: $(READY)
 	$(PY) -m prfl_fast.cli demo --tiny --output build/demo-tiny
 
 clean:
-	rm -rf build dist *.egg-info $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf prfl_fast/*.so build dist *.egg-info $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find prfl_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -124,8 +124,8 @@ class BuildExt(build_ext):
         done = subprocess.run(command)
         if done.returncode:
             raise SystemExit(
-                f"prfl_fast: {' '.join(command)}\nfailed with code {done.returncode}. PRFL_CUDA=off builds without CUDA "
-                "kernels; without a C++ compiler on PATH the package installs as pure Python."
+                f"prfl_fast: {' '.join(command)}\nfailed with code {done.returncode}. PRFL_CUDA=off builds without "
+                "CUDA kernels; without a C++ compiler on PATH the package installs as pure Python."
             )
 
     def get_outputs(self) -> list[str]:

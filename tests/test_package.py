@@ -20,16 +20,18 @@ PACKAGE = ROOT / "prfl_fast"
 # Room -> rooms that it may import. A new top-level module has to be given its place here.
 ARROWS: dict[str, set[str]] = {
     "_env": set(),
-    "ops": set(),
+    "kernels": set(),
+    "_native": set(),  # compiled: csrc/native
+    "ops": {"kernels"},
     "solvers": {"ops"},
-    "memory": {"ops"},
+    "memory": {"ops", "_native"},
     "models": {"ops", "memory"},
     "sampling": {"ops", "solvers", "memory", "models"},
     "reward": {"ops", "models"},
     "demo": {"sampling", "reward", ""},  # uses the public face, as a user does
     "twin": set(),
     "exactness": {"sampling", "twin"},
-    "doctor": {"_env", "exactness", ""},
+    "doctor": {"_env", "exactness", "ops", ""},
     "cli": {"demo", "doctor", ""},
     "": {"memory", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }

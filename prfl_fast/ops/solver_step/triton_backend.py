@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from prfl_fast.ops.solver_step import registration
 
 
-def _step(*arguments: object) -> list[Tensor]:
+def _step(*arguments: Any) -> list[Tensor]:
     from prfl_fast.kernels import solver_step
 
     results: list[Tensor] = solver_step.step(*arguments)
     return results
 
 
-def _transpose(*arguments: object) -> list[Tensor]:
+def _transpose(*arguments: Any) -> list[Tensor]:
     from prfl_fast.kernels import solver_step
 
     results: list[Tensor] = solver_step.transpose(*arguments)

@@ -1,0 +1,209 @@
+"""The solver step and its transpose in Triton; csrc/ops/solver_step/linear_map.h says what they compute.
+
+Sums are taken in float64 by fused products, as on every other backend. A float argument of a Triton kernel is a
+float32, so each coefficient travels as three that add up to it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_BLOCK = 1024
+
+
+@triton.jit
+def _coefficient(parts, index: tl.constexpr):
+    """Entry ``index`` of the coefficients, in float64."""
+    # Adding to a float64 converts: a part is a float32 scalar here, and a plain float in the interpreter.
+    return tl.full((), 0.0, tl.float64) + parts[3 * index] + parts[3 * index + 1] + parts[3 * index + 2]
+
+
+@triton.jit
+def solver_step_kernel(
+    terms,
+    second,
+    mask,
+    parts,
+    guidance,
+    rows,
+    extra,
+    length,
+    zero_pattern: tl.constexpr,
+    guided: tl.constexpr,
+    has_second: tl.constexpr,
+    has_mask: tl.constexpr,
+    has_extra: tl.constexpr,
+    transposed: tl.constexpr,
+    T: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One block of elements: every term read once, every result written once.
+
+    zero_pattern: one flag per coefficient (terms outermost), true where it is zero: such a term does not count, were it
+    infinite. The other arguments are those of LinearMap.
+    """
+    n_terms: tl.constexpr = len(terms)
+    n_rows: tl.constexpr = len(rows)
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < length
+    scale = _coefficient(guidance, 0).to(T)
+    if has_mask:
+        change = tl.load(mask + at, mask=inside, other=0) != 0
+    sums = ()
+    for _ in tl.static_range(n_rows):
+        sums = sums + (tl.full((block,), -0.0, tl.float64),)
+    for t in tl.static_range(n_terms):
+        value = tl.load(terms[t] + at, mask=inside, other=0.0).to(T)
+        if has_second:
+            if transposed:
+                if t == 0:
+                    value = value + tl.load(second + at, mask=inside, other=0.0).to(T)
+            else:
+                if t == guided:
+                    other = tl.load(second + at, mask=inside, other=0.0).to(T)
+                    value = other + scale * (value - other)
+        if has_mask:
+            if t == 0:
+                held = value
+                if transposed:
+                    value = tl.where(change, value, tl.zeros_like(value))
+        wide = value.to(tl.float64)
+        added = ()
+        for r in tl.static_range(n_rows):
+            if zero_pattern[t * n_rows + r]:
+                added = added + (sums[r],)
+            else:
+                factor = tl.full((block,), 0.0, tl.float64) + _coefficient(parts, t * n_rows + r)
+                added = added + (tl.fma(factor, wide, sums[r]),)
+        sums = added
+    for r in tl.static_range(n_rows):
+        result = sums[r].to(T)
+        if has_mask:
+            if r == 0:
+                if transposed:
+                    result = result + tl.where(change, tl.zeros_like(held), held)
+                else:
+                    result = tl.where(change, result, held)
+        if has_extra:
+            if transposed:
+                if r == guided:
+                    scaled = result * scale
+                    tl.store(extra + at, _narrow(result - scaled, extra), mask=inside)
+                    result = scaled
+            else:
+                if r == 0:
+                    tl.store(extra + at, _narrow(result, extra), mask=inside)
+        tl.store(rows[r] + at, _narrow(result, rows[r]), mask=inside)
+
+
+@triton.jit
+def _narrow(value, pointer):
+    """``value`` in the dtype that ``pointer`` points to; half precision by way of float32, as torch rounds."""
+    wanted: tl.constexpr = pointer.dtype.element_ty
+    if wanted.primitive_bitwidth < 32:
+        value = value.to(tl.float32)
+    return value.to(wanted)
+
+
+def _three(number: float) -> tuple[float, float, float]:
+    """A float64 as the exact sum of three float32 (numbers below 1e-30 keep fewer bits)."""
+    high = _float32(number)
+    middle = _float32(number - high)
+    return high, middle, _float32(number - high - middle)
+
+
+def _float32(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float32))
+
+
+def _launch(
+    terms: Sequence[Tensor],
+    second: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Sequence[float],
+    guided: int,
+    guidance_scale: float,
+    numbers: Sequence[int],
+    extra_number: int,
+    transposed: bool,
+    T: torch.dtype,
+) -> list[Tensor]:
+    like = terms[0]
+    n_terms, n_rows = len(terms), len(numbers)
+    results = [torch.empty(like.shape, dtype=_DTYPES[number], device=like.device) for number in numbers]
+    extra = torch.empty(like.shape, dtype=_DTYPES[extra_number], device=like.device) if extra_number >= 0 else None
+    length = like.numel()
+    if length:
+        by_term = [coefficients[r * n_terms + t] for t in range(n_terms) for r in range(n_rows)]
+        terms = [term.contiguous() for term in terms]
+        with torch.cuda.device_of(like):
+            solver_step_kernel[(triton.cdiv(length, _BLOCK),)](
+                tuple(terms),
+                terms[0] if second is None else second.contiguous(),
+                terms[0] if mask is None else mask.contiguous().view(torch.uint8),
+                tuple(part for number in by_term for part in _three(number)),
+                _three(guidance_scale),
+                tuple(results),
+                results[0] if extra is None else extra,
+                length,
+                zero_pattern=tuple(number == 0 for number in by_term),
+                guided=guided,
+                has_second=second is not None,
+                has_mask=mask is not None,
+                has_extra=extra is not None,
+                transposed=transposed,
+                T=tl.float64 if T == torch.float64 else tl.float32,
+                block=_BLOCK,
+                num_warps=4 if n_rows <= 4 else 8,
+                # Only the sums are fused; guidance has the reference's roundings.
+                enable_fp_fusion=False,
+            )
+    return results if extra is None else [*results, extra]
+
+
+def step(
+    terms: Sequence[Tensor],
+    unconditional: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Sequence[float],
+    guided: int,
+    guidance_scale: float,
+    dtype: int,
+    copy_dtype: int,
+) -> list[Tensor]:
+    """``prfl_fast::solver_step_triton``."""
+    numbers = [dtype] * (len(coefficients) // len(terms))
+    return _launch(
+        terms, unconditional, mask, coefficients, guided, guidance_scale, numbers, copy_dtype, False, _DTYPES[dtype]
+    )
+
+
+def transpose(
+    cotangents: Sequence[Tensor],
+    copy_cotangent: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Sequence[float],
+    dtypes: Sequence[int],
+    guided: int,
+    guidance_scale: float,
+    unconditional_dtype: int,
+) -> list[Tensor]:
+    """``prfl_fast::solver_step_transpose_triton``."""
+    return _launch(
+        cotangents,
+        copy_cotangent,
+        mask,
+        coefficients,
+        guided,
+        guidance_scale,
+        dtypes,
+        unconditional_dtype,
+        True,
+        cotangents[0].dtype,
+    )
