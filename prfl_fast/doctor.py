@@ -21,6 +21,7 @@ import torch
 import prfl_fast
 from prfl_fast._env import variables_worth_showing
 from prfl_fast.exactness import GradientCheck, check_gradients
+from prfl_fast.ops import library
 
 # Distribution, import name, extra that brings it, what is lost without it.
 _OPTIONAL = (
@@ -56,6 +57,7 @@ class Findings:
     devices: list[str]
     packages: list[Package]
     variables: dict[str, str]
+    compiled: dict[str, str]
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     gradients: GradientCheck | None = None
@@ -90,7 +92,9 @@ def examine(*, gradients: bool = False, model: str | Path | None = None) -> Find
             " wrong for lengths that are no multiple of 128; install a newer nvidia-cudnn, or disable that backend of"
             " torch's SDPA"
         )
-    return Findings(_versions(cudnn), _devices(), packages, variables_worth_showing(), problems, notices, check)
+    return Findings(
+        _versions(cudnn), _devices(), packages, variables_worth_showing(), _compiled(), problems, notices, check
+    )
 
 
 def render(findings: Findings) -> str:
@@ -98,6 +102,8 @@ def render(findings: Findings) -> str:
     lines = [f"{name:<10} {value}" for name, value in findings.versions.items()]
     lines += [f"{'device':<10} {device}" for device in findings.devices]
     lines += [f"{name}={value}" for name, value in findings.variables.items()]
+    lines += ["", "compiled parts"]
+    lines += [f"  {name:<13} {state}" for name, state in findings.compiled.items()]
     lines += ["", "optional packages"]
     for package in findings.packages:
         if package.version is not None:
@@ -132,6 +138,23 @@ def _versions(cudnn: int | None) -> dict[str, str]:
     if driver is not None:
         versions["driver"] = driver
     return versions
+
+
+def _compiled() -> dict[str, str]:
+    """What was built when the package was installed, and how to get what was not."""
+    ops, without = library.COMPILED, "not built: the same in Python runs instead"
+    if ops is None:
+        kernels = f"not built; {library.REMEDY}"
+    elif not ops.cuda:
+        kernels = f"not built ({ops.reason}); {library.REMEDY}"
+    else:
+        kernels = f"for {', '.join(ops.archs)} (nvcc {ops.cuda})"
+    planner = importlib.util.find_spec("prfl_fast._native") is not None
+    return {
+        "CPU ops": f"{without}; {library.REMEDY_CPU}" if ops is None else "built",
+        "CUDA kernels": kernels,
+        "planner core": "built" if planner else f"{without}; {library.REMEDY_CPU}",
+    }
 
 
 def _devices() -> list[str]:

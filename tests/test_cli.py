@@ -13,6 +13,8 @@ import pytest
 import prfl_fast
 from prfl_fast import cli, doctor
 from prfl_fast.exactness import Comparison, GradientCheck
+from prfl_fast.ops import library
+from prfl_fast.ops.library import CompiledOps
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +103,24 @@ def test_doctor_names_versions_and_costs(monkeypatch: pytest.MonkeyPatch, capsys
     assert prfl_fast.__version__ in shown
     assert "missing: nothing can be seen; pip install 'prfl-fast[video]'" in shown
     assert "cpu" in shown
+
+
+@pytest.mark.parametrize(
+    ("compiled", "said"),
+    [
+        (None, ["CPU ops       not built", "CUDA kernels  not built; install a CUDA toolkit"]),
+        (CompiledOps("", (), "no nvcc was found"), ["CPU ops       built", "not built (no nvcc was found); install"]),
+        (CompiledOps("13.0", ("sm_80", "compute_80"), ""), ["CUDA kernels  for sm_80, compute_80 (nvcc 13.0)"]),
+    ],
+)
+def test_doctor_tells_what_was_built(
+    compiled: CompiledOps | None, said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_OPTIONAL", ())
+    monkeypatch.setattr(library, "COMPILED", compiled)
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in said), shown
 
 
 def test_doctor_fails_on_a_broken_package(

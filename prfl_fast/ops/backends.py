@@ -52,10 +52,14 @@ def triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_covered: dict[int | None, bool] = {}
+
+
 def _covers(index: int | None) -> bool:
     """True where the compiled CUDA kernels run on this card."""
-    return COMPILED is not None and COMPILED.covers(*torch.cuda.get_device_capability(index))
+    if index not in _covered:
+        _covered[index] = COMPILED is not None and COMPILED.covers(*torch.cuda.get_device_capability(index))
+    return _covered[index]
 
 
 def _why_not(name: str, device: torch.device) -> str | None:
