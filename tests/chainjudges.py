@@ -184,11 +184,13 @@ def random_mode(rng: random.Random, scale: int, offload: bool, family: str = "ra
     if family == "zero":
         kept, extra = kept * rng.randint(0, 1), extra * rng.randint(0, 1)
     offloaded = draw() * rng.randint(0, 1) if offload else 0
-    workspace = draw(0.3) * rng.randint(0, 1)
+    if offloaded:  # or nobody would choose it
+        kept, extra = kept // 4, extra // 3
+    workspace = draw(rng.choice([0, 0.3, 3]))
     return Mode(
         kept,
-        kept + offloaded + draw() * rng.randint(0, 1),
-        offloaded + workspace + rng.randint(0, 1) * draw(),
+        kept + offloaded + draw(rng.choice([0, 0.3, 3])),
+        offloaded + workspace,
         extra,
         offloaded,
         draw(),

@@ -45,6 +45,7 @@ Int Grid::bound(int boundary, int node, Int prefix, Int taken) const {
 Int Grid::offloaded() const {
   Int total = 0, cell = 0;
   int node = 0;
+  if (row(0, 0)[0] >= kNever) return 0;
   for (int i = 0; i < graph_->blocks(); ++i) {
     for (const Arc& arc : graph_->arcs(i)[node]) {
       const Int next = cell + (arc.kept >> shift_);

@@ -14,7 +14,7 @@ class Grid {
   // At most the time added after `boundary`, for a prefix in units and the host bytes taken so far; kNever: no way.
   Int bound(int boundary, int node, Int prefix, Int taken) const;
 
-  // Host bytes of the rounded plan that attains the value at the start.
+  // Host bytes of the rounded plan that attains the value at the start; 0 when there is none.
   Int offloaded() const;
 
  private:

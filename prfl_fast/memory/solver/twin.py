@@ -159,8 +159,10 @@ class Grid:
         return value if value >= NEVER else value - (self.price * (self.graph.host - taken) >> _SCALE)
 
     def offloaded(self) -> int:
-        """Host bytes of the rounded plan that attains the value at the start."""
+        """Host bytes of the rounded plan that attains the value at the start; 0 when there is none."""
         total = cell = node = 0
+        if self.value[0][0][0] >= NEVER:
+            return 0
         for i, arcs in enumerate(self.graph.arcs):
             for arc in arcs[node]:
                 after = cell + (arc.kept >> self.shift)
