@@ -184,8 +184,8 @@ def test_a_compiler_that_fails_is_an_error(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_with_isolation_the_environments_torch_is_found(checkout: Path, tmp_path: Path) -> None:
-    probe_index = run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path), "pybind11>=2.13"])
-    if probe_index.returncode != 0:
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path), "pybind11>=2.13"]
+    if run(download).returncode != 0:
         pytest.skip("no package index can be reached")
     done = build_wheel(checkout, tmp_path, "--quiet", PRFL_CUDA="off")
     assert done.returncode == 0, done.stdout + done.stderr
