@@ -20,13 +20,14 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit demo-tiny environment build clean
+.PHONY: help demo test lint unit demo-tiny environment build other-torch clean
 
 help:
 	@echo 'make demo    set up, train the demo, write $(OUT)/index.html (install time is printed apart)'
 	@echo 'make test    set up, ruff, mypy, pytest, the demo in its tiny setting'
 	@echo 'make lint    set up, ruff and mypy alone'
 	@echo 'make build   compile csrc/ again: seconds after a change'
+	@echo 'make other-torch OTHER_TORCH=2.10.0   test the built ops library with another torch'
 	@echo 'make clean   remove build outputs, caches and $(OUT)/; the environment stays'
 	@echo
 	@echo 'VENV=DIR     environment to make or to reuse (now: $(VENV))'
@@ -71,6 +72,15 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(PIP) --no-build-isolation -c build/constraints.txt -e '.[test]' && \
 	echo $$(( $$(date +%s) - start )) > $@ && \
 	echo "installed in $$(cat $@) s"
+
+# The ops library that is built now, in an environment of its own with another torch (gigabytes: not part of make test).
+OTHER_TORCH ?= 2.10.0
+other-torch: build
+	$(PYTHON) -m venv build/torch-$(OTHER_TORCH)
+	build/torch-$(OTHER_TORCH)/bin/python -m pip install --quiet --no-compile 'torch==$(OTHER_TORCH)' numpy tqdm \
+	  safetensors pytest pytest-timeout $(PIP_FLAGS)
+	OMP_NUM_THREADS=1 build/torch-$(OTHER_TORCH)/bin/python -m pytest -q tests/ops/test_solver_step.py \
+	  tests/ops/test_solver_step_backends.py tests/ops/test_solver_step_binaries.py tests/test_triton_interpreter.py
 
 build: $(READY)
 	$(PY) setup.py --quiet build_ext --inplace
