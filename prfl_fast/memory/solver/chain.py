@@ -17,7 +17,7 @@ from prfl_fast.memory.solver import twin
 from prfl_fast.memory.solver.problem import LARGEST, Chain, Limits, Solution, Step
 
 _LIMITS = Limits()
-_TWIN_LIMITS = Limits(coarse_labels=100_000, fine_labels=1_000_000)  # Python is so much slower
+_TWIN_LIMITS = Limits(fine_labels=5_000_000)  # Python is so much slower
 _BILLION = 10**9
 
 
