@@ -97,8 +97,8 @@ class Pretence(TorchDispatchMode):
 
     @contextmanager
     def inside(self, *modules: nn.Module) -> Iterator[None]:
-        """Parameters and buffers of the modules are twins, hooks rest, and everything is put back at the end: what the
-        modules keep from call to call too."""
+        """Parameters and buffers of the modules are twins, hooks and compiled calls rest, and everything is put back
+        at the end: what the modules keep from call to call too."""
         parts = {id(m): m for module in modules for m in module.modules()}.values()
         with ExitStack() as stack:
             for part in parts:
@@ -108,6 +108,7 @@ class Pretence(TorchDispatchMode):
                     stack.callback(_put_back, container, container.copy())
                 for name in _HOOKS:
                     attributes[name] = type(attributes[name])()
+                attributes["_compiled_call_impl"] = None  # of a module compiled in place
                 for name in ("_parameters", "_buffers"):
                     own = attributes[name]
                     for key, value in own.items():

@@ -74,9 +74,11 @@ def plan_for(request: Request, memory_budget: str | int | float, graph: str = "c
 
 def _ways(request: Request) -> list[tuple[str, bool]]:
     """Ways that differ in their peak. A graph that is kept at the end of the chain is walked first in the backward,
-    where a recomputed one would stand as well; only one that later calls run beside costs more."""
+    where a recomputed one would stand as well; only one that later calls run beside costs more: those of later steps,
+    or the unconditional branch where it is constant."""
     blocks = any(n.adapter.blocks() for n in request.networks)
-    waits = not request.differentiated(request.last_step - 1)
+    beside = request.networks[-1].guided and not request.guidance.both_branches
+    waits = beside or not request.differentiated(request.last_step - 1)
     return [way for way in _WAYS if (way[0] == "call" or blocks) and (way[1] or waits)]
 
 
@@ -193,6 +195,22 @@ def _needed_steps(request: Request, graph: str) -> set[int]:
         branches = guided and request.guidance.both_branches and graph == "chain"
         needed.update(steps[-1:] if constant or branches else steps[-2:])
     return needed
+
+
+def _conditioning_gradient_bytes(request: Request, graph: str) -> int:
+    """Gradients of conditioning tensors that no traced step is given; a tape has a second one, of its own leaf."""
+    needed = _needed_steps(request, graph)
+    traced: set[int] = set()
+    others: dict[int, int] = {}
+    for step in range(request.start_step, request.last_step):
+        place = step - request.start_step
+        for tensor in tree_leaves([request.conditioning[place], request.negative[place]]):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                if step in needed:
+                    traced.add(id(tensor))
+                else:
+                    others[id(tensor)] = storage_bytes(tensor)
+    return (2 if graph == "steps" else 1) * sum(size for key, size in others.items() if key not in traced)
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:
