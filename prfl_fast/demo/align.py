@@ -132,7 +132,7 @@ def align(
             value = float("nan")
             if arm.reward is not None:
                 sample, logits = _rollout(net, arm, rewards, generator, memory_budget, plan)
-                loss = loss + torch.relu(arm.margin - logits).mean()
+                loss = loss + prfl_fast.reward_feedback_loss(logits, margin=arm.margin, weight=1.0, on="logits")
                 value = float(logits.detach().mean())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -68,10 +68,13 @@ def run_demo(settings: DemoSettings) -> Path:
     say(f"held-out accuracy: latent {accuracy['accuracy'][0]:.3f} at noise level 0, pixel {in_pixels:.3f}")
 
     noise = draw_noise(settings.sizes.seeds, JUDGED_SEED)
-    labels = {"real": "Training mixture", "before": "Before"} | {arm.key: arm.label for arm in ARMS}
-    held_out = material.held_out.latents[: settings.sizes.seeds]
+    labels = {"real": "Training mixture", "good": "Its good clips", "before": "Before"}
+    labels |= {arm.key: arm.label for arm in ARMS}
+    held_out = material.held_out.latents
+    held_out_good = held_out[material.held_out.good > 0]
     verdicts = {
-        "real": verdict_of_latents(held_out, material.codec, rewards.latent),
+        "real": verdict_of_latents(held_out[: settings.sizes.seeds], material.codec, rewards.latent),
+        "good": verdict_of_latents(held_out_good[: settings.sizes.seeds], material.codec, rewards.latent),
         "before": verdict_of_model(material.base, noise, material.codec, rewards.latent),
     }
     aligned: dict[str, Aligned] = {}
