@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prfl_fast.memory.plan import MemoryPlan, choose_plan
 from prfl_fast.models import adapter_for, refuse_unusable
@@ -332,8 +333,8 @@ def _check_gradient(request: Request, num_networks: int) -> None:
         w.parameters == 0 and w.input != 0 for w in weights
     ):
         raise ValueError("gradient: a step with parameter weight 0 and another input weight can't be sharded by FSDP")
-    tensors = [v for k in (*request.conditioning, *request.negative) for v in k.values() if isinstance(v, Tensor)]
-    reachable = request.latents.requires_grad or any(t.requires_grad for t in tensors)
+    given = [request.latents, *tree_leaves([*request.conditioning, *request.negative])]
+    reachable = any(isinstance(value, Tensor) and value.requires_grad for value in given)
     if not opaque and not reachable and not any(_trainable(m) for m in request.modules):
         raise ValueError(
             f"gradient={request.mode.name!r}, but nothing requires a gradient: no parameter of the transformer, not "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from prfl_fast.sampling.calls import Caller
@@ -55,13 +56,13 @@ class _LeafConditioning:
         self.negative = tuple(self._cut(kwargs) for kwargs in request.negative)
 
     def _cut(self, conditioning: Conditioning) -> Conditioning:
-        cut = dict(conditioning)
-        for name, value in conditioning.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                if id(value) not in self._leaves:
-                    self._leaves[id(value)] = (value, value.detach().requires_grad_())
-                cut[name] = self._leaves[id(value)][1]
+        cut: Conditioning = tree_map_only(Tensor, self._leaf, conditioning)
         return cut
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        return self._leaves.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
 
     def backward(self) -> None:
         pairs = [(value, leaf.grad) for value, leaf in self._leaves.values() if leaf.grad is not None]
@@ -117,8 +118,7 @@ class StepTape:
         if request.latents.requires_grad:
             ends = [s.cotangents[0] for s in sweeps if s.cotangents[0] is not None]
             if ends:
-                gradient = torch.stack([end.to(request.latents.dtype) for end in ends]).sum(0)
-                torch.autograd.backward(request.latents, gradient)
+                torch.autograd.backward(request.latents, torch.stack(ends).sum(0).to(request.latents.dtype))
         return total
 
     def _step_back(self, request: Request, sweeps: list[_Sweep], step: int) -> None:
@@ -136,7 +136,7 @@ class StepTape:
                 self._run.record(step, into_prediction)
                 into_x = _call_back(record, into_prediction, weights, retain=number < len(sweeps) - 1)
                 if into_x is not None:
-                    into_x = into_x.to(request.latents.dtype) if into_state[0] is None else into_x + into_state[0]
+                    into_x = into_x if into_state[0] is None else into_x + into_state[0]
                     into_state = (into_x, *into_state[1:])
             sweep.cotangents = into_state
 
@@ -239,25 +239,28 @@ def run_steps(request: Request) -> Sample:
     taps: dict[int, Tap] = {}
     x = prediction = state[0]
     steps = range(request.start_step, request.last_step)
-    for step in tqdm(steps, desc="sampling", unit="step", disable=not request.progress):
-        noise = solver.draw_noise(step, state[0], request.generator)
-        x = state[0].detach()
-        if step in differentiated:
-            x.requires_grad_(_passes_input(request, step))
-            keep = step == differentiated[-1] and request.plan.keep_last_call
-            prediction = caller.predict(step, x, EXACT, keep)
-        else:
-            prediction = caller.predict(step, x, CONSTANT, False)
-        if not solver.linear:
-            tape.record(step, _Record(x, prediction, state, noise))
-        elif step in differentiated:
-            tape.record(step, _Record(x, prediction, None, ()))
-        with torch.no_grad():
-            state = solver.step(step, state, prediction.detach(), noise, request.latent_mask)
-        for index, tap in enumerate(mode.taps):
-            if tap == step + 1:
-                leaf = state[0].detach().clone().requires_grad_(bool(differentiated) or request.latents.requires_grad)
-                taps[index] = Tap(leaf, request.timestep_after(tap), float(solver.sigmas[tap]), tap)
+    with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
+        for step in bar:
+            x = state[0].detach()
+            if step in differentiated:
+                x.requires_grad_(_passes_input(request, step))
+                keep = step == differentiated[-1] and request.plan.keep_last_call
+                prediction = caller.predict(step, x, EXACT, keep)
+            else:
+                prediction = caller.predict(step, x, CONSTANT, False)
+            # After the call, as in the scheduler's own loop: dropout and noise may share a generator.
+            noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
+            if not solver.linear:
+                tape.record(step, _Record(x, prediction, state, noise))
+            elif step in differentiated:
+                tape.record(step, _Record(x, prediction, None, ()))
+            with torch.no_grad():
+                state = solver.step(step, state, prediction.detach(), noise, request.latent_mask)
+            for index, tap in enumerate(mode.taps):
+                if tap == step + 1:
+                    leaf = state[0].detach().clone()
+                    leaf.requires_grad_(bool(differentiated) or request.latents.requires_grad)
+                    taps[index] = Tap(leaf, request.timestep_after(tap), float(solver.sigmas[tap]), tap)
     return Sample(
         taps=tuple(taps[k] for k in range(len(mode.taps))),
         plan=request.plan,
