@@ -96,7 +96,7 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
     """Peak of what forward and backward of the chain make, counted on fake tensors.
 
     Earlier steps than those that are traced in full may have some more cotangents of the solver's state beside them
-    (one for each entry at most), so the state is counted once more.
+    (one for each entry at most), so the state is counted once more; and they may have conditioning of their own.
     """
     pretence = Pretence()
     devices = [request.latents.device] if request.latents.device.type == "cuda" else []
@@ -113,7 +113,7 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
         with LiveBytes() as live:
             _forward_and_backward(pretended, graph)
     peak: int = live.peak
-    return peak + state
+    return peak + state + _conditioning_gradient_bytes(request, graph)
 
 
 def _forward_and_backward(request: Request, graph: str) -> None:
