@@ -43,8 +43,8 @@ class Arm:
     gradient: str = "full"
     supervise: tuple[int, ...] | None = None
     rate: float = 2e-4
-    margin: float = 4.0
-    flow_weight: float = 1.0
+    margin: float = 2.0
+    flow_weight: float = 3.0
     first_step: int = 4
     batch: int = 16
 

@@ -1,7 +1,8 @@
 """``prfl-fast demo --study``: the long comparison, an hour or two on two cores.
 
-Several training seeds (rewards and alignment both), learning rates tuned for every arm on the same grid, equal compute
-time and equal updates, where along the chain the reward looks, and what the reward's pretrained backbone is worth.
+Several training seeds (rewards and alignment both), learning rate and flow-matching weight tuned for every arm on one
+grid, equal compute time and equal updates, where along the chain the reward looks, and what the reward's pretrained
+backbone is worth.
 
 Every job is a process of one thread, two at a time; its training seconds are processor time, so that other work on
 the machine does not change who wins. Finished jobs lie in ``output/study.jsonl`` and are not done again.
@@ -75,14 +76,16 @@ def run_study(settings: DemoSettings) -> Path:
     run = _Runner(settings, plan, finished)
     accuracies = run.rewards([TUNING_SEED, *plan.seeds])
     tuning = run.jobs(
-        Job(replace(arm, rate=rate), TUNING_SEED, plan.tuning_seconds, tuning=True)
+        Job(replace(arm, rate=rate, flow_weight=weight), TUNING_SEED, plan.tuning_seconds, tuning=True)
         for arm in ARMS
         for rate in plan.rates
+        for weight in plan.flow_weights
         if arm.reward is not None
     )
     for key in [arm.key for arm in ARMS if arm.reward is not None]:
         best = min((row for row in tuning if row["job"]["arm"]["key"] == key), key=lambda row: row["total_error"])
-        arms[key] = replace(arms[key], rate=best["job"]["arm"]["rate"])
+        chosen = best["job"]["arm"]
+        arms[key] = replace(arms[key], rate=chosen["rate"], flow_weight=chosen["flow_weight"])
     arms["flow_matching"] = replace(arms["flow_matching"], rate=arms["full"].rate)
     supervised: list[Arm] = [
         replace(arms["full"], key=f"full_{name}", label=f"Full chain, {name}", supervise=taps)
@@ -172,6 +175,8 @@ class _Runner:
                 rows = pool.imap_unordered(_keyed, packed)
                 for row in tqdm(rows, total=len(packed), desc=function.__name__.strip("_")):
                     self._finished.add(row)
+                pool.close()
+                pool.join()
         return [self._finished.rows[key] for key, _ in work]
 
 

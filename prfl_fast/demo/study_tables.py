@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -19,11 +20,12 @@ class Plan:
     tuning_seconds: float = 40.0
     updates: int = 100
     seeds: tuple[int, ...] = (1, 2, 3)
-    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4)
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    flow_weights: tuple[float, ...] = (1.0, 3.0)
     judged: int = 128
 
 
-TINY_PLAN = Plan(arm_seconds=0.5, tuning_seconds=0.5, updates=1, seeds=(1,), rates=(1e-4, 2e-4), judged=8)
+TINY_PLAN = Plan(arm_seconds=0.5, tuning_seconds=0.5, updates=1, seeds=(1,), rates=(1e-4,), judged=8)
 
 
 _HEAD = ["Updates", "Motion error", "Structure error", "Net movement", "Diversity", "Reward"]
@@ -77,16 +79,17 @@ def make_tables(
     tables.append(
         {
             "title": "Tuning",
-            "note": "Motion plus structure error for each learning rate, on seeds of its own; the best is used above.",
-            "head": ["Arm", *(f"{rate:g}" for rate in plan.rates)],
+            "note": "Motion plus structure error for each learning rate and weight of the flow-matching loss, on a seed"
+            f" of its own, {plan.tuning_seconds:.0f} s each; the best of each row is used above.",
+            "head": ["Arm", *(f"{rate:g}, {weight:g}" for rate, weight in product(plan.rates, plan.flow_weights))],
             "rows": [
                 [
                     arm.label,
                     *(
                         f"{row['total_error']:.3f}"
-                        for rate in plan.rates
+                        for rate, weight in product(plan.rates, plan.flow_weights)
                         for row in tuning
-                        if row["job"]["arm"]["key"] == arm.key and row["job"]["arm"]["rate"] == rate
+                        if _setting(row) == (arm.key, rate, weight)
                     ),
                 ]
                 for arm in ARMS
@@ -95,6 +98,11 @@ def make_tables(
         }
     )
     return tables
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, float, float]:
+    arm = row["job"]["arm"]
+    return arm["key"], arm["rate"], arm["flow_weight"]
 
 
 def _accuracy_table(accuracies: list[dict[str, Any]]) -> dict[str, Any]:
