@@ -129,9 +129,13 @@ class _Finished:
         self._path = path
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            whole, _, torn = text.rpartition("\n")
+            for line in whole.splitlines():
                 row = json.loads(line)
                 self.rows[row["key"]] = row
+            if torn:  # a process that was killed while it wrote: that job is done again
+                path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
