@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -109,7 +109,7 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
         stack.enter_context(pretence.inside(*request.modules))
         stack.enter_context(pretence)
         pretended = _pretended(request, pretence, graph, dtypes)
-        state = _state_bytes(pretended)
+        state = _state_bytes(pretended, dtypes.values())
         with LiveBytes() as live:
             _forward_and_backward(pretended, graph)
     peak: int = live.peak
@@ -132,15 +132,17 @@ def _forward_and_backward(request: Request, graph: str) -> None:
     sample.backward()
 
 
-def _state_bytes(request: Request) -> int:
-    """The solver's state at its largest."""
+def _state_bytes(request: Request, dtypes: Iterable[torch.dtype]) -> int:
+    """The solver's state at its largest, for predictions of these dtypes; none: every step is traced in full."""
     solver, most = request.solver, 0
-    state = solver.initial_state(request.latents.detach())
-    for step in range(request.start_step, request.last_step):
-        noise = solver.draw_noise(step, state[0], _copied(request.generator))
-        with torch.no_grad():
-            state = solver.step(step, state, state[0], noise, request.latent_mask)
-        most = max(most, sum(map(storage_bytes, state)))
+    for dtype in set(dtypes):
+        state = solver.initial_state(request.latents.detach())
+        for step in range(request.start_step, request.last_step):
+            prediction = torch.empty_like(state[0], dtype=dtype)
+            noise = solver.draw_noise(step, state[0], _copied(request.generator), model_dtype=dtype)
+            with torch.no_grad():
+                state = solver.step(step, state, prediction, noise, request.latent_mask)
+            most = max(most, sum(map(storage_bytes, state)))
     return most
 
 

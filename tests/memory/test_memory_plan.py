@@ -88,7 +88,8 @@ def test_a_fraction_is_one_of_the_machines_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [0, -5, 0.0, 1.5, -0.1, float("nan"), float("inf"), "60", "GiB", "60 GiBs", "-1GB", "0GB", "60iB", "", "50%"]
+    "given",
+    [0, -5, 0.0, 1.5, -0.1, float("nan"), float("inf"), "60", "GiB", "6 GiBs", "-1GB", "0GB", "60iB", "", "50%", "٣GB"],
 )
 def test_bad_budgets_are_named(given: str | int | float) -> None:
     with pytest.raises(ValueError, match=r"^memory_budget: expected"):
