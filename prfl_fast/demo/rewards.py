@@ -96,8 +96,12 @@ def train_pixel_reward(
     clock: Callable[[], float] = time.perf_counter,
     progress: bool = True,
 ) -> tuple[PixelReward, Curve]:
-    """A pixel reward for the baseline, trained with the care that ours has: half of its clips are what the base model
-    makes of the labelled ones (noise added, then predicted away), so that it knows what generated clips look like."""
+    """A pixel reward for the baseline, trained with the care that ours has.
+
+    Half of its clips are what the base model makes of the labelled ones (noise added, then predicted away), so that it
+    knows what generated clips look like; and all get a little pixel noise, without which it is fooled by patterns that
+    nobody sees.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reward = PixelReward()
@@ -108,7 +112,8 @@ def train_pixel_reward(
         with torch.no_grad():
             velocity = base(noisy, sigmas * TRAIN_TIMESTEPS, **prompt(len(noisy)), return_dict=False)[0]
             clips = codec.decode(noisy - sigmas.reshape(-1, 1, 1, 1, 1) * velocity)
-        result: Tensor = reward(clips)
+        strength = 0.1 * torch.rand(len(clips), 1, 1, 1, generator=generator)
+        result: Tensor = reward(clips + strength * torch.randn(clips.shape, generator=generator))
         return result
 
     curve = _train(reward, labelled, logits, seconds=seconds, seed=seed, clock=clock, progress=progress)

@@ -1,8 +1,8 @@
 """``prfl-fast demo --study``: the long comparison, an hour or two on two cores.
 
-Several training seeds (rewards and alignment both), learning rate and flow-matching weight tuned for every arm on one
-grid, equal compute time and equal updates, where along the chain the reward looks, and what the reward's pretrained
-backbone is worth.
+Several training seeds (rewards and alignment both), learning rate and flow-matching weight tuned for every arm, equal
+compute time and equal updates, where along the chain the reward looks, and what the reward's pretrained backbone is
+worth.
 
 Every job is a process of one thread, two at a time; its training seconds are processor time, so that other work on
 the machine does not change who wins. Finished jobs lie in ``output/study.jsonl`` and are not done again.
@@ -78,9 +78,8 @@ def run_study(settings: DemoSettings) -> Path:
     tuning = run.jobs(
         Job(replace(arm, rate=rate, flow_weight=weight), TUNING_SEED, plan.tuning_seconds, tuning=True)
         for arm in ARMS
-        for rate in plan.rates
-        for weight in plan.flow_weights
         if arm.reward is not None
+        for rate, weight in plan.grid(arm)
     )
     for key in [arm.key for arm in ARMS if arm.reward is not None]:
         best = min((row for row in tuning if row["job"]["arm"]["key"] == key), key=lambda row: row["total_error"])
@@ -192,7 +191,8 @@ def _keyed(packed: tuple[Callable[[Any], dict[str, Any]], str, Any]) -> dict[str
 
 
 def _stages(settings: DemoSettings) -> Stages:
-    return Stages(Path(settings.output) / "stages", settings.deciding())
+    # The rewards depend on no arm's settings: tuning an arm again leaves them as they are.
+    return Stages(Path(settings.output) / "stages", {"seed": settings.seed, "sizes": asdict(settings.sizes)})
 
 
 def _material(settings: DemoSettings) -> Material:
