@@ -7,7 +7,7 @@ text mask that decides an attention's length, is the same as in the real run, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -125,10 +125,10 @@ def _put_back(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def real_leaf(outputs: list[Tensor]) -> Tensor | None:
-    """A leaf of the outputs' graph that is no twin: a backward would leave a fake gradient there."""
+def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
+    """A leaf of these nodes' graph that is no twin: a backward would leave a fake gradient there."""
     seen: set[Any] = set()
-    stack: list[Any] = [t.grad_fn for t in outputs]
+    stack: list[Any] = list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -86,7 +86,8 @@ def unrolled_sample(
         gradient: see :mod:`prfl_fast.sampling.modes`.
         graph: ``"chain"``: an ordinary autograd graph; ``"steps"``: ``sample.backward()`` walks one step at a time.
         memory_budget: ``"60GiB"``, ``"64GB"``, bytes, or a fraction of the device: weights, gradients, latents and
-            graphs of this call stay below it. None: whole-call recomputation.
+            graphs of this call stay below it; the reward's own memory and the allocator's come on top. Predicting takes
+            seconds, so give ``plan=sample.plan`` from the second call on. None: whole-call recomputation.
         plan: the plan of an earlier sample instead of a budget.
         verify_recompute: compare every block's output in the recomputation bit for bit with the forward's.
         detect_nonfinite: name step, branch and block of the first value or gradient that is not finite (slow).
@@ -98,7 +99,8 @@ def unrolled_sample(
 
     Raises:
         TypeError, ValueError: bad input, named, before any network call.
-        InfeasibleBudget: the budget can't hold the chain; it tells the least bytes that would do.
+        InfeasibleBudget: the budget can't hold the chain; it tells the least bytes that would do. For a network whose
+            memory can't be predicted (plain callable, sharded, values that decide) a ValueError says so.
         NonFiniteError, RecomputationError: what ``detect_nonfinite`` and ``verify_recompute`` found.
 
     Example:

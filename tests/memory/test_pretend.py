@@ -142,6 +142,6 @@ def test_leaves_that_are_no_twins_are_found() -> None:
     weight = pretence.twin(nn.Parameter(torch.ones(3)))
     with pretence:
         clean = (weight * 2).exp()
-        assert real_leaf([clean]) is None
-        assert real_leaf([clean, (clean + hidden.exp()).sum()]) is hidden
+        assert real_leaf([clean.grad_fn, None]) is None
+        assert real_leaf([clean.grad_fn, (clean + hidden.exp()).sum().grad_fn]) is hidden
     assert hidden.grad is None

@@ -51,7 +51,7 @@ class Case:
     def __init__(self, net: Any, latents: Tensor, names: tuple[str, str], scheduler: str = "unipc", **arguments: Any):
         self.net, self.latents, self.arguments = net, latents, arguments
         self.scheduler = plainloop.scheduler(scheduler)
-        self.key, self.steps = names[0], 5
+        self.key, self.steps = names[0], arguments.pop("steps", 5)
         width = {"c": 8, "encoder_hidden_states": 16}[self.key]
         shape = (len(latents), width) if self.key == "c" else (len(latents), 7, width)
         dtype = next(net.parameters()).dtype
@@ -148,9 +148,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "accumulated": lambda: given_gradients(pointwise(guidance_scale=2.0)),
     "one step in the middle": lambda: pointwise(gradient="step:1"),
     "constant branch": lambda: pointwise(guidance_scale=2.0, guidance_gradient="conditional", gradient="last:1"),
-    "cut inputs": lambda: pointwise(gradient="drtune:2", generator=torch.Generator().manual_seed(2)),
-    "taps": lambda: pointwise(gradient="last:2", supervise=(2, 4, 5), scheduler="dpm"),
-    "taps, steps": lambda: pointwise(supervise=(2, 4, 5), graph="steps"),
+    "cut inputs": lambda: pointwise(gradient=prfl_fast.GradientMode((0, 1, 0, 1, 0), (0, 0, 0, 0, 0))),
+    "taps": lambda: pointwise(gradient="last:5", supervise=(5, 9), steps=9, scheduler="dpm"),
+    "taps, steps": lambda: pointwise(supervise=(2, 9), steps=9, graph="steps"),
     "no gradient": lambda: pointwise(gradient="none"),
     "frozen": lambda: latent_gradients(pointwise(net=Pointwise(trainable=0).requires_grad_(False))),
     "partly frozen": lambda: latent_gradients(pointwise(net=Pointwise(trainable=1), graph="steps")),
@@ -206,17 +206,18 @@ def test_recomputed_blocks_lower_the_peak(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("scheduler", ["unipc", "euler"])
 def test_memory_grows_by_one_latent_per_step_and_by_nothing_else(scheduler: str, guided: bool, graph: str) -> None:
-    """At most: the network's input of each step (the table of a linear solver keeps nothing), and its gradient's norm,
-    one number (512 bytes as counted)."""
+    """At most: the network's input of each step (the table of a linear solver keeps nothing) and the norm of its
+    gradient, one number, 512 bytes as counted. After 4 steps the solver's history (4 entries) may not be complete."""
     case = Case(Pointwise(), torch.randn(2, 3, 2, 16, 16), ("c", "c"), scheduler, graph=graph)
     if guided:
         case.arguments["guidance_scale"] = 2.0
     peaks = {}
     for case.steps in (4, 8, 16):
+        case.sample(gradient="none")  # the scheduler is probed once, and then known
         peaks[case.steps] = case.measured()
     latent = storage_bytes(case.latents)
     assert peaks[16] - peaks[8] <= 8 * (latent + 512)
-    assert peaks[8] - peaks[4] <= 4 * (latent + 512)
+    assert peaks[8] - peaks[4] <= 4 * (latent + 512) + 4 * latent
     # It does grow: the count sees the latents that are kept.
     assert peaks[16] - peaks[8] >= 8 * latent - latent
 
@@ -285,12 +286,13 @@ def test_networks_that_no_prediction_is_possible_for() -> None:
         case.sample(memory_budget="1GiB")
     case.backward(case.sample(plan=prfl_fast.MemoryPlan("blocks")))
 
-    hidden = torch.ones(3, requires_grad=True)
+    hidden = torch.ones((), requires_grad=True)
     net = Pointwise()
-    net.last.register_forward_hook(lambda module, inputs, output: output * hidden)
-    object.__setattr__(net.first, "forward", lambda x: nn.functional.linear(x, net.first.weight) * hidden.sum())
-    with pytest.raises(UntraceableError, match="none of its parameters"):
-        pointwise(net=net).sample(memory_budget="1GiB")
+    plain = net.first.forward
+    net.first.forward = lambda x: plain(x) * hidden
+    for graph in ("chain", "steps"):
+        with pytest.raises(UntraceableError, match="none of its parameters"):
+            pointwise(net=net, graph=graph).sample(memory_budget="1GiB")
     assert hidden.grad is None
 
     case = pointwise()
