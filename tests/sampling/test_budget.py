@@ -8,6 +8,7 @@ from typing import Any
 
 import plainloop
 import pytest
+import tinyfamilies
 import torch
 from torch import Tensor, nn
 
@@ -189,6 +190,27 @@ def test_the_measured_peak_stays_within_every_budget_that_is_accepted(name: str)
     smaller = min(way.peak_bytes for way in ways) - 1
     with pytest.raises(prfl_fast.InfeasibleBudget):
         case.sample(memory_budget=smaller)
+
+
+@pytest.mark.parametrize("name", tinyfamilies.TEXT)
+def test_every_family_can_be_predicted(name: str) -> None:
+    """In float64, masks and all; weights and text are counted by hand."""
+    twin = tinyfamilies.make(name)
+    net: Any = twin.net
+    arguments = (net, twin.scheduler, twin.latents, None)
+    with pytest.raises(prfl_fast.InfeasibleBudget) as caught:
+        prfl_fast.unrolled_sample(*arguments, conditioning=twin.conditioning, memory_budget=1)
+    held = [twin.latents, *twin.conditioning.values(), *net.parameters(), *net.buffers()]
+    storages = {t.untyped_storage()._cdata: storage_bytes(t) for t in held if isinstance(t, Tensor)}
+    for way in caught.value.alternatives:
+        plan = prfl_fast.MemoryPlan(way.recompute, way.keep_last_call)
+        with LiveBytes() as live:
+            sample = prfl_fast.unrolled_sample(*arguments, conditioning=twin.conditioning, plan=plan)
+            sample.latents.sum().backward()
+            del sample
+        net.zero_grad()
+        latent = storage_bytes(twin.latents)
+        assert live.peak + sum(storages.values()) <= way.peak_bytes <= live.peak + sum(storages.values()) + 10 * latent
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
