@@ -134,7 +134,8 @@ def clips(details: Json, pictures: Mapping[str, npt.NDArray[np.uint8]]) -> str:
     )
     return _section(
         "Before and after, same seeds",
-        "<p>Each column starts from the same noise. Clips were taken in the order of their seeds, none was picked.</p>"
+        "<p>In the models' rows each column starts from the same noise. Clips were taken in the order of their seeds, "
+        "none was picked.</p>"
         f'<div class="card player">{controls}{"".join(rows)}</div>',
     )
 

@@ -96,7 +96,8 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
     """Peak of what forward and backward of the chain make, counted on fake tensors.
 
     Earlier steps than those that are traced in full may have some more cotangents of the solver's state beside them
-    (one for each entry at most), so the state is counted once more; and they may have conditioning of their own.
+    (one for each entry at most), so the state is counted once more, and one number, such as a norm; and they may have
+    conditioning of their own.
     """
     pretence = Pretence()
     devices = [request.latents.device] if request.latents.device.type == "cuda" else []

@@ -156,7 +156,8 @@ def plain_ancestral(net: Any, scheduler: Any, latents: Tensor, steps: int, gener
 
 def network(dtype: torch.dtype, dropout: float) -> Callable[..., Tensor]:
     torch.manual_seed(3)
-    inner = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(9, 6))
+    ends = torch.nn.Linear(6, 9), torch.nn.Linear(9, 6)
+    inner = torch.nn.Sequential(ends[0], torch.nn.Tanh(), torch.nn.Dropout(dropout), ends[1])
     inner.to(dtype)
 
     class Net(torch.nn.Module):
