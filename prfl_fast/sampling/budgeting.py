@@ -201,19 +201,27 @@ def _needed_steps(request: Request) -> set[int]:
 
 
 def _conditioning_gradient_bytes(request: Request, graph: str) -> int:
-    """Gradients of conditioning tensors that no traced step is given; a tape has a second one, of its own leaf."""
+    """What gradients of conditioning tensors of single steps, untraced ones, may add. As a step gets them in the
+    backward, its latent is let go of (but not the initial one, which is the caller's); a tape has a second one of each,
+    its own leaf's."""
     needed = _needed_steps(request)
-    traced: set[int] = set()
-    others: dict[int, int] = {}
-    for step in range(request.start_step, request.last_step):
-        place = step - request.start_step
-        for tensor in tree_leaves([request.conditioning[place], request.negative[place]]):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                if step in needed:
-                    traced.add(id(tensor))
-                else:
-                    others[id(tensor)] = storage_bytes(tensor)
-    return (2 if graph == "steps" else 1) * sum(size for key, size in others.items() if key not in traced)
+    places = {step: step - request.start_step for step in range(request.start_step, request.last_step)}
+    leaves = {
+        step: [
+            tensor
+            for tensor in tree_leaves([request.conditioning[place], request.negative[place]])
+            if isinstance(tensor, Tensor) and tensor.requires_grad
+        ]
+        for step, place in places.items()
+    }
+    seen = {id(tensor) for step in needed for tensor in leaves[step]}
+    extra = 0
+    for step in sorted(places.keys() - needed, reverse=True):
+        own = {id(tensor): storage_bytes(tensor) for tensor in leaves[step] if id(tensor) not in seen}
+        seen.update(own)
+        freed = storage_bytes(request.latents) if step > request.start_step else 0
+        extra += max(0, (2 if graph == "steps" else 1) * sum(own.values()) - freed)
+    return extra
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:

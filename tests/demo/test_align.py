@@ -71,7 +71,7 @@ def test_an_update_of_the_full_chain_is_the_plain_loops(parts) -> None:
     net = make_net(0, **SMALL).train()
     generator = torch.Generator().manual_seed(5)
     rows = torch.randint(len(labelled.latents), (arm.batch,), generator=generator)
-    loss = flow_matching_loss(net, labelled.latents[rows], generator)
+    loss = arm.flow_weight * flow_matching_loss(net, labelled.latents[rows], generator)
     x = torch.randn(arm.batch, CHANNELS, 8, 4, 4, generator=generator)
     scheduler = make_scheduler()
     scheduler.set_timesteps(STEPS)

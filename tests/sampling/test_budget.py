@@ -38,7 +38,7 @@ class Pointwise(nn.Module):
         dtype = self.last.weight.dtype
         tokens = x.to(dtype).movedim(1, -1)
         tokens = torch.cat([tokens, (t / 1000).to(dtype).expand(*tokens.shape[:-1], 1)], -1)
-        h = self.first(tokens) + c[:, None, None, None, :]
+        h = self.first(tokens) + c.reshape(*c.shape[:2], -1).mean(-1)[:, None, None, None, :]
         if self.decides and bool(h.sum() > 0):
             h = -h
         for block in self.blocks:
@@ -128,7 +128,8 @@ def latent_gradients(case: Case) -> Case:
 
 
 def own_text_every_step(case: Case) -> Case:
-    texts = [torch.randn_like(case.texts[0]).repeat(1, 1).requires_grad_() for _ in range(case.steps)]
+    """Larger than a latent, so that their gradients are more than what each step of the backward lets go of."""
+    texts = [torch.randn(*case.texts[0].shape, 300).requires_grad_() for _ in range(case.steps)]
     case.arguments["conditioning"] = lambda step, timestep: {case.key: texts[step]}
     case.texts += texts
     return case
@@ -159,8 +160,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "two experts": lambda: pointwise(
         transformer_2=Pointwise(width=8), boundary_ratio=0.8, guidance_scale=2.0, guidance_scale_2=1.0
     ),
-    "text of each step": lambda: own_text_every_step(pointwise(steps=40)),
-    "text of each step, steps": lambda: own_text_every_step(pointwise(steps=40, graph="steps")),
+    "text of each step": lambda: own_text_every_step(pointwise(steps=12)),
+    "text of each step, steps": lambda: own_text_every_step(pointwise(steps=12, graph="steps")),
     "masked": masked,
     "Wan float32": lambda: wan(F32),
     "Wan bfloat16": lambda: wan(BF16, guidance_scale=3.0),
