@@ -36,8 +36,8 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _autocast_without_cache() -> Iterator[None]:
-    """Autocast keeps the weights that it has cast until its region is left: those of a call without gradient would
-    serve a later call with one, whose weights then get none, in silence."""
+    """Autocast keeps the weights that it has cast until its region is left. In older torch those of a call without
+    gradient served a later call with one, whose weights then got none, in silence (pytorch/pytorch#65766)."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
