@@ -96,8 +96,7 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
     """Peak of what forward and backward of the chain make, counted on fake tensors.
 
     Earlier steps than those that are traced in full may have some more cotangents of the solver's state beside them
-    (one for each entry at most), so the state is counted once more, and one number, such as a norm; and they may have
-    conditioning of their own.
+    (one for each entry at most), so the state is counted once more; and they may have conditioning of their own.
     """
     pretence = Pretence()
     devices = [request.latents.device] if request.latents.device.type == "cuda" else []
@@ -201,27 +200,19 @@ def _needed_steps(request: Request) -> set[int]:
 
 
 def _conditioning_gradient_bytes(request: Request, graph: str) -> int:
-    """What gradients of conditioning tensors of single steps, untraced ones, may add. As a step gets them in the
-    backward, its latent is let go of (but not the initial one, which is the caller's); a tape has a second one of each,
-    its own leaf's."""
+    """Gradients of conditioning tensors that no traced step is given; a tape has a second one, of its own leaf."""
     needed = _needed_steps(request)
-    places = {step: step - request.start_step for step in range(request.start_step, request.last_step)}
-    leaves = {
-        step: [
-            tensor
-            for tensor in tree_leaves([request.conditioning[place], request.negative[place]])
-            if isinstance(tensor, Tensor) and tensor.requires_grad
-        ]
-        for step, place in places.items()
-    }
-    seen = {id(tensor) for step in needed for tensor in leaves[step]}
-    extra = 0
-    for step in sorted(places.keys() - needed, reverse=True):
-        own = {id(tensor): storage_bytes(tensor) for tensor in leaves[step] if id(tensor) not in seen}
-        seen.update(own)
-        freed = storage_bytes(request.latents) if step > request.start_step else 0
-        extra += max(0, (2 if graph == "steps" else 1) * sum(own.values()) - freed)
-    return extra
+    traced: set[int] = set()
+    others: dict[int, int] = {}
+    for step in range(request.start_step, request.last_step):
+        place = step - request.start_step
+        for tensor in tree_leaves([request.conditioning[place], request.negative[place]]):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                if step in needed:
+                    traced.add(id(tensor))
+                else:
+                    others[id(tensor)] = storage_bytes(tensor)
+    return (2 if graph == "steps" else 1) * sum(size for key, size in others.items() if key not in traced)
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:
