@@ -123,10 +123,10 @@ def _targets(s: Mapping[str, Any]) -> list[dict[str, Any]]:
             f" ({s['structure_error_before']:.3f})",
         ),
         target(
-            # Not "as before": defects spread the paths too, and good clips alone are what alignment is after.
-            s["diversity_after"] >= 0.95 * min(s["diversity_before"], s["diversity_good"]),
-            f"Diversity {s['diversity_after']:.2f} px is at least 0.95 of that of good clips"
-            f" ({s['diversity_good']:.2f} px) or of before ({s['diversity_before']:.2f} px)",
+            # Hard to meet: defects spread the paths too, so good clips alone have less than the mixture.
+            s["diversity_after"] >= s["diversity_before"],
+            f"Diversity {s['diversity_after']:.2f} px is not below before ({s['diversity_before']:.2f} px;"
+            f" the mixture's good clips alone: {s['diversity_good']:.2f} px)",
         ),
         target(
             s["motion_error_after"] < s["motion_error_control"],

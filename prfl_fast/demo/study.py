@@ -32,15 +32,16 @@ from prfl_fast.demo.net import draw_noise, make_net
 from prfl_fast.demo.rewards import (
     PixelReward,
     latent_accuracy,
+    make_latent_reward,
     pixel_accuracy,
     train_latent_reward,
     train_pixel_reward,
+    trained,
 )
 from prfl_fast.demo.sample import STEPS
 from prfl_fast.demo.settings import ARMS, DemoSettings
 from prfl_fast.demo.stages import Stages
 from prfl_fast.demo.study_tables import TINY_PLAN, Plan, as_text, make_tables
-from prfl_fast.reward import LatentRewardModel
 
 TUNING_SEED = 0
 JUDGED_SEED, TUNING_NOISE = 779, 780  # of initial noise that no training draws
@@ -230,14 +231,12 @@ def _train_reward(arguments: tuple[DemoSettings, str, int]) -> dict[str, Any]:
 
 
 def _rewards(settings: DemoSettings, material: Material, seed: int, backbone: str) -> Rewards:
-    latent = LatentRewardModel.from_transformer(material.base, num_blocks=2, num_heads=4)
-    pixel = PixelReward()
+    latent, pixel = make_latent_reward(material.base), PixelReward()
     for module, kind in ((latent, "latent" if backbone == "pretrained" else "random"), (pixel, "pixel")):
         done = _stages(settings).load(f"study_{kind}_{seed}")
         if done is None:
             raise ValueError(f"output: {settings.output}/stages lacks the {kind} reward of seed {seed}; start anew")
-        module.load_state_dict(done[0])
-        module.eval().requires_grad_(False)
+        trained(module, done[0])
     return Rewards(latent, pixel, material.codec)
 
 

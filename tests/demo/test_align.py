@@ -140,7 +140,7 @@ def test_rewards_learn_what_separates_the_clips(parts) -> None:
     ticks = iter(range(10**6))
     labelled = Labelled(latents, good)
     reward, curve = train_latent_reward(
-        base, labelled, seconds=60, seed=0, num_blocks=1, clock=lambda: next(ticks), progress=False
+        base, labelled, seconds=60, seed=0, clock=lambda: next(ticks), progress=False
     )
     accuracy = latent_accuracy(reward, labelled)
     # Two clouds 20 standard deviations apart: nothing less than all of them will do at noise level 0.
