@@ -4,12 +4,14 @@
 
 Three ways to one gradient: everything in one autograd graph; each network call a checkpoint, written by hand around the
 scheduler's own steps; ``unrolled_sample``. Bytes are those of all live tensors above the start (weights and latents
-are there before), counted storage by storage; so they are exact and depend on no load and no allocator.
+are there before), counted storage by storage; so they are exact and depend on no load and no allocator. Seconds are
+medians of runs in turn (one of each way, then again), without the counting, which costs time itself.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,16 +63,24 @@ def unrolled(net: Any, scheduler: Any, latents: Tensor, text: dict[str, Tensor],
     return sample.network_calls
 
 
-def measure(net: Any, work: Callable[[], int]) -> tuple[dict[str, Any], Tensor]:
+def count(net: Any, work: Callable[[], int]) -> tuple[dict[str, Any], Tensor]:
     net.zero_grad(set_to_none=True)
     with LiveBytes() as live:
         calls = work()
     peak = live.peak
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    net.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    work()
-    return {"peak_bytes": peak, "network_calls": calls, "seconds": round(time.perf_counter() - start, 3)}, gradient
+    return {"peak_bytes": peak, "network_calls": calls}, gradient
+
+
+def median_seconds(net: Any, ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, work in ways.items():
+            net.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: round(statistics.median(values), 4) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -78,6 +88,7 @@ def main() -> None:
 
     parser = record.parser(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 10, 20, 40])
+    parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     net, latents, text = small_wan()
     scheduler = diffusers.UniPCMultistepScheduler(
@@ -93,15 +104,17 @@ def main() -> None:
             "unrolled_sample, chain": lambda n=steps: unrolled(net, scheduler, latents, text, n, "chain"),
             "unrolled_sample, steps": lambda n=steps: unrolled(net, scheduler, latents, text, n, "steps"),
         }
+        seconds = median_seconds(net, ways, args.repeats)
         exact: Tensor | None = None
         for name, work in ways.items():
-            row, gradient = measure(net, work)
+            row, gradient = count(net, work)
             exact = gradient if exact is None else exact
             difference = float((gradient - exact).norm() / exact.norm())
             # float32 twice, another order of additions: no figure from a run whose gradient is not that of autograd.
             if difference > 1e-4:
                 raise SystemExit(f"{name}, {steps} steps: gradient differs by {difference:.1e}; nothing is reported")
-            rows.append({"way": name, "steps": steps, **row, "relative_difference": float(f"{difference:.2e}")})
+            row |= {"seconds": seconds[name], "relative_difference": float(f"{difference:.2e}")}
+            rows.append({"way": name, "steps": steps, **row})
     sizes = {
         "latent_bytes": latents.numel() * 4,
         "gradient_bytes": sum(p.numel() * p.element_size() for p in net.parameters()),
