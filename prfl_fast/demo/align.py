@@ -15,7 +15,7 @@ from tqdm import tqdm
 import prfl_fast
 from prfl_fast.demo.base import flow_matching_loss
 from prfl_fast.demo.codec import PatchCodec
-from prfl_fast.demo.net import prompt
+from prfl_fast.demo.net import CHANNELS, COLUMNS, FRAMES, ROWS, prompt
 from prfl_fast.demo.rewards import latent_logits
 from prfl_fast.demo.sample import STEPS, make_scheduler
 
@@ -43,8 +43,8 @@ class Arm:
     gradient: str = "full"
     supervise: tuple[int, ...] | None = None
     rate: float = 2e-4
-    margin: float = 4.0
-    flow_weight: float = 1.0
+    margin: float = 2.0
+    flow_weight: float = 3.0
     first_step: int = 4
     batch: int = 16
 
@@ -85,6 +85,11 @@ class Aligned:
     network_calls: int
     gradient_norms: list[float]
     plan: str
+
+    @property
+    def got_gradients(self) -> bool:
+        """True where a reward's gradient reached some step."""
+        return any(norm == norm for norm in self.gradient_norms)
 
 
 def align(
@@ -132,7 +137,7 @@ def align(
             value = float("nan")
             if arm.reward is not None:
                 sample, logits = _rollout(net, arm, rewards, generator, memory_budget, plan)
-                loss = loss + torch.relu(arm.margin - logits).mean()
+                loss = loss + prfl_fast.reward_feedback_loss(logits, margin=arm.margin, weight=1.0, on="logits")
                 value = float(logits.detach().mean())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -168,8 +173,7 @@ def _rollout(
     plan: prfl_fast.MemoryPlan | None,
 ) -> tuple[prfl_fast.Sample, Tensor]:
     """One differentiable rollout and the logits of its taps, ``[taps * batch]``."""
-    config: Any = net.config
-    shape = (arm.batch, config.in_channels, 8, 4, 4)
+    shape = (arm.batch, CHANNELS, FRAMES, ROWS, COLUMNS)
     gradient, stop_step = arm.gradient, None
     if gradient == "one":
         step = int(torch.randint(arm.first_step, STEPS, (1,), generator=generator))

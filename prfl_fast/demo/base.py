@@ -1,6 +1,6 @@
 """The demo's base model: a small Wan transformer that has learned the mixture of good and broken clips.
 
-The package carries a checkpoint, which this module made (some 25 minutes on one core):
+The package carries a checkpoint, which this module made (some 40 minutes on one core):
 ``python -m prfl_fast.demo.base --output prfl_fast/demo/base.safetensors``.
 """
 
@@ -134,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Make the checkpoint that the package carries."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--updates", type=int, default=24000)
+    parser.add_argument("--updates", type=int, default=11000, help="of one round")
+    parser.add_argument("--rounds", type=int, default=2, help="each starts from the last's average, at half its rate")
+    parser.add_argument("--start", help="a checkpoint to go on from, as after its first round")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--clips", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
@@ -155,10 +157,20 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
 
-    net, curve = train_base(
-        make_net(options.seed), latents, updates=options.updates, batch=options.batch, generator=generator, watch=watch
-    )
-    save_base(options.output, net, codec, curve)
+    net, curve = (make_net(options.seed), Curve(1)) if options.start is None else load_base(options.start)[::2]
+    for done in range(0 if options.start is None else 1, options.rounds):
+        net, more = train_base(
+            net.requires_grad_(True),
+            latents,
+            updates=options.updates,
+            batch=options.batch,
+            generator=generator,
+            peak_rate=2e-3 / 2**done,
+            watch=watch,
+        )
+        curve.updates += [done * options.updates + update for update in more.updates]
+        curve.loss += more.loss
+        save_base(options.output, net, codec, curve)
     return 0
 
 

@@ -115,7 +115,7 @@ def dot_chart(
     """
     if not rows:
         raise ValueError(f"rows: nothing to draw in {title!r}")
-    row_height, left = 46.0, 118.0
+    row_height, left = 46.0, 152.0
     height = _TOP + row_height * len(rows) + _BOTTOM
     quartiles = sorted(sorted(row.values)[(3 * len(row.values)) // 4] for row in rows if row.values)
     limit = 4 * quartiles[len(quartiles) // 2] if quartiles else math.inf

@@ -79,7 +79,7 @@ def win_rate(ours: Verdict, theirs: Verdict) -> tuple[float, tuple[float, float]
 
 
 def summarise(verdicts: Mapping[str, Verdict], headline: str, reward_accuracy: float) -> dict[str, Any]:
-    """Figures of ``summary.json``: "after" is the arm ``headline``; needs "before", "pixel" too."""
+    """Figures of ``summary.json``: "after" is the arm ``headline``. Needs "good", "before", "pixel"."""
     before, after = verdicts["before"], verdicts[headline]
     rate, interval = win_rate(after, verdicts["pixel"])
     _, high = bootstrap_interval(after.judgement.motion_error)
@@ -91,6 +91,7 @@ def summarise(verdicts: Mapping[str, Verdict], headline: str, reward_accuracy: f
         "motion_error_control": verdicts["flow_matching"].mean("motion_error"),
         "diversity_before": before.diversity,
         "diversity_after": after.diversity,
+        "diversity_good": verdicts["good"].diversity,
         "win_rate_latent_over_rgb": rate,
         "win_rate_interval": list(interval),
         "num_seeds": len(before.reward),
@@ -122,8 +123,10 @@ def _targets(s: Mapping[str, Any]) -> list[dict[str, Any]]:
             f" ({s['structure_error_before']:.3f})",
         ),
         target(
+            # Hard to meet: defects spread the paths too, so good clips alone have less than the mixture.
             s["diversity_after"] >= s["diversity_before"],
-            f"Diversity {s['diversity_after']:.2f} px is not below before ({s['diversity_before']:.2f} px)",
+            f"Diversity {s['diversity_after']:.2f} px is not below before ({s['diversity_before']:.2f} px;"
+            f" the mixture's good clips alone: {s['diversity_good']:.2f} px)",
         ),
         target(
             s["motion_error_after"] < s["motion_error_control"],

@@ -18,7 +18,8 @@ _LEAST_SPEED = 0.5  # pixels a frame; below it a clip counts as frozen and its e
 @dataclass(frozen=True)
 class Judgement:
     """Per clip [N] float32: ``motion_error`` (residual over speed), ``structure_error``, ``net_move`` and ``speed``
-    (pixels, pixels a frame), ``mass`` (summed brightness a frame); and ``centres`` [N, T, 2]."""
+    (pixels, pixels a frame), ``mass`` (summed brightness a frame); and [N, T, 2] the tracked ``centres`` and the smooth
+    ``path`` through them."""
 
     motion_error: Tensor
     structure_error: Tensor
@@ -26,6 +27,7 @@ class Judgement:
     speed: Tensor
     mass: Tensor
     centres: Tensor
+    path: Tensor
 
 
 def judge(videos: Tensor) -> Judgement:
@@ -80,12 +82,16 @@ def judge(videos: Tensor) -> Judgement:
         speed=speed,
         mass=mass.mean(1),
         centres=centres,
+        path=fitted,
     )
 
 
 def diversity(judgement: Judgement) -> float:
-    """Mean distance (pixels) between the tracked paths of two different clips."""
-    paths = judgement.centres.flatten(1)
+    """Mean distance (pixels) between the smooth paths of two different clips.
+
+    Of the smooth ones: jitter and frames without a body would count as diversity otherwise.
+    """
+    paths = judgement.path.flatten(1)
     n, width = paths.shape
     if n < 2:
         return 0.0

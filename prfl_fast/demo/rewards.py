@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from prfl_fast.demo.codec import PatchCodec
 from prfl_fast.demo.net import TRAIN_TIMESTEPS, add_noise, prompt
 from prfl_fast.reward import LatentRewardModel, reward_bce_loss
 
+NUM_BLOCKS, NUM_HEADS = 2, 4  # of the latent reward
+Reward = TypeVar("Reward", bound=nn.Module)
 ACCURACY_SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 
 
@@ -56,6 +58,19 @@ class PixelReward(nn.Module):
         return logits
 
 
+def make_latent_reward(base: nn.Module, seed: int = 0) -> LatentRewardModel:
+    """PAVRM (arXiv 2511.21541) on a copy of the first ``NUM_BLOCKS`` blocks of ``base``, with a new head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LatentRewardModel.from_transformer(base, num_blocks=NUM_BLOCKS, num_heads=NUM_HEADS)
+
+
+def trained(reward: Reward, weights: Mapping[str, Tensor]) -> Reward:
+    """``reward`` with these weights, frozen: as training leaves it."""
+    reward.load_state_dict(weights)
+    return reward.eval().requires_grad_(False)
+
+
 def latent_logits(reward: nn.Module, latents: Tensor, timestep: Tensor) -> Tensor:
     """Logits ``[B]`` of the latent reward at ``timestep`` (0-dimensional or ``[B]``)."""
     logits: Tensor = reward(latents, timestep, **prompt(len(latents)))
@@ -68,14 +83,11 @@ def train_latent_reward(
     *,
     seconds: float,
     seed: int,
-    num_blocks: int = 2,
     clock: Callable[[], float] = time.perf_counter,
     progress: bool = True,
 ) -> tuple[LatentRewardModel, Curve]:
-    """PAVRM (arXiv 2511.21541) on a copy of the first blocks of ``base``, at every noise level."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reward = LatentRewardModel.from_transformer(base, num_blocks=num_blocks, num_heads=4)
+    """:func:`make_latent_reward`, trained at every noise level."""
+    reward = make_latent_reward(base, seed)
 
     def logits(latents: Tensor, generator: torch.Generator) -> Tensor:
         sigmas = torch.rand(len(latents), generator=generator)
@@ -96,8 +108,12 @@ def train_pixel_reward(
     clock: Callable[[], float] = time.perf_counter,
     progress: bool = True,
 ) -> tuple[PixelReward, Curve]:
-    """A pixel reward for the baseline, trained with the care that ours has: half of its clips are what the base model
-    makes of the labelled ones (noise added, then predicted away), so that it knows what generated clips look like."""
+    """A pixel reward for the baseline, trained with the care that ours has.
+
+    Half of its clips are what the base model makes of the labelled ones (noise added, then predicted away), so that it
+    knows what generated clips look like; and all get a little pixel noise, without which it is fooled by patterns that
+    nobody sees.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reward = PixelReward()
@@ -108,7 +124,8 @@ def train_pixel_reward(
         with torch.no_grad():
             velocity = base(noisy, sigmas * TRAIN_TIMESTEPS, **prompt(len(noisy)), return_dict=False)[0]
             clips = codec.decode(noisy - sigmas.reshape(-1, 1, 1, 1, 1) * velocity)
-        result: Tensor = reward(clips)
+        strength = 0.1 * torch.rand(len(clips), 1, 1, 1, generator=generator)
+        result: Tensor = reward(clips + strength * torch.randn(clips.shape, generator=generator))
         return result
 
     curve = _train(reward, labelled, logits, seconds=seconds, seed=seed, clock=clock, progress=progress)
@@ -151,8 +168,7 @@ def _train(
             bar.n = min(round(seconds), round((1 - left) * seconds))
             if update % 20 == 0:
                 bar.refresh()
-    reward.load_state_dict(averaged.state_dict())
-    reward.eval().requires_grad_(False)
+    trained(reward, averaged.state_dict())
     return curve
 
 

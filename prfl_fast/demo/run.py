@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -26,13 +27,14 @@ from prfl_fast.demo.report import write_report
 from prfl_fast.demo.rewards import (
     PixelReward,
     latent_accuracy,
+    make_latent_reward,
     pixel_accuracy,
     train_latent_reward,
     train_pixel_reward,
+    trained,
 )
 from prfl_fast.demo.settings import ARMS, HEADLINE, DemoSettings
 from prfl_fast.demo.stages import Stages
-from prfl_fast.reward import LatentRewardModel
 
 STUDY = "study.json"  # the committed long comparison, beside this file
 JUDGED_SEED, WATCHED_SEED = 777, 778  # of initial noise that no training draws
@@ -68,10 +70,13 @@ def run_demo(settings: DemoSettings) -> Path:
     say(f"held-out accuracy: latent {accuracy['accuracy'][0]:.3f} at noise level 0, pixel {in_pixels:.3f}")
 
     noise = draw_noise(settings.sizes.seeds, JUDGED_SEED)
-    labels = {"real": "Training mixture", "before": "Before"} | {arm.key: arm.label for arm in ARMS}
-    held_out = material.held_out.latents[: settings.sizes.seeds]
+    labels = {"real": "Training mixture", "good": "Its good clips", "before": "Before"}
+    labels |= {arm.key: arm.label for arm in ARMS}
+    held_out = material.held_out.latents
+    held_out_good = held_out[material.held_out.good > 0]
     verdicts = {
-        "real": verdict_of_latents(held_out, material.codec, rewards.latent),
+        "real": verdict_of_latents(held_out[: settings.sizes.seeds], material.codec, rewards.latent),
+        "good": verdict_of_latents(held_out_good[: settings.sizes.seeds], material.codec, rewards.latent),
         "before": verdict_of_model(material.base, noise, material.codec, rewards.latent),
     }
     aligned: dict[str, Aligned] = {}
@@ -81,7 +86,8 @@ def run_demo(settings: DemoSettings) -> Path:
         verdicts[arm.key] = verdict_of_model(aligned[arm.key].net, noise, material.codec, rewards.latent)
         say(_line(verdicts[arm.key], aligned[arm.key]))
     say("table of gradient modes")
-    table = gradient_table(_trainable(material.base), rewards.latent, noise[: settings.sizes.table_batch])
+    trainable = copy.deepcopy(material.base).requires_grad_(True)
+    table = gradient_table(trainable, rewards.latent, noise[: settings.sizes.table_batch])
 
     summary = summarise(verdicts, HEADLINE, accuracy["accuracy"][0])
     summary |= {"pixel_reward_accuracy": in_pixels, "memory_plan": aligned[HEADLINE].plan}
@@ -91,7 +97,7 @@ def run_demo(settings: DemoSettings) -> Path:
         "arms": [verdicts[key].record(key, labels[key], **_effort(aligned.get(key))) for key in labels],
         "curves": _curves(aligned, material.base_curve, reward_curve),
         "reward_accuracy": accuracy,
-        "gradient_norms": {key: aligned[key].gradient_norms for key in aligned if any_finite(aligned[key])},
+        "gradient_norms": {key: arm.gradient_norms for key, arm in aligned.items() if arm.got_gradients},
         "gradient_table": table,
     }
     _write_json(output / "summary.json", summary)
@@ -124,24 +130,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def any_finite(aligned: Aligned) -> bool:
-    """True where some step received a gradient."""
-    return any(norm == norm for norm in aligned.gradient_norms)
-
-
 def _rewards(settings: DemoSettings, material: Material, stages: Stages) -> tuple[Rewards, Curve]:
     sizes = settings.sizes
     done = stages.load("latent_reward")
-    latent: nn.Module
     if done is None:
         latent, curve = train_latent_reward(
             material.base, material.train, seconds=sizes.latent_reward_seconds, seed=settings.seed
         )
         stages.save("latent_reward", latent.state_dict(), {"updates": curve.updates, "loss": curve.loss})
     else:
-        latent = LatentRewardModel.from_transformer(material.base, num_blocks=2, num_heads=4)
-        latent.load_state_dict(done[0])
-        latent.eval().requires_grad_(False)
+        latent = trained(make_latent_reward(material.base), done[0])
         curve = Curve(1, done[1]["updates"], done[1]["loss"])
     done = stages.load("pixel_reward")
     if done is None:
@@ -150,9 +148,7 @@ def _rewards(settings: DemoSettings, material: Material, stages: Stages) -> tupl
         )
         stages.save("pixel_reward", pixel.state_dict(), {})
     else:
-        pixel = PixelReward()
-        pixel.load_state_dict(done[0])
-        pixel.eval().requires_grad_(False)
+        pixel = trained(PixelReward(), done[0])
     return Rewards(latent, pixel, material.codec), curve
 
 
@@ -161,9 +157,7 @@ def _align(settings: DemoSettings, arm: Arm, material: Material, rewards: Reward
     done = stages.load(name)
     if done is not None:
         notes = done[1]
-        net = _trainable(material.base)
-        net.load_state_dict(done[0])
-        return Aligned(net.eval().requires_grad_(False), Trail(**notes.pop("trail")), **notes)
+        return Aligned(trained(copy.deepcopy(material.base), done[0]), Trail(**notes.pop("trail")), **notes)
     watched = draw_noise(settings.sizes.watched_seeds, WATCHED_SEED)
 
     def watch(net: nn.Module) -> float:
@@ -182,12 +176,6 @@ def _align(settings: DemoSettings, arm: Arm, material: Material, rewards: Reward
     notes = {key: value for key, value in vars(aligned).items() if key not in {"net", "trail"}}
     stages.save(name, aligned.net.state_dict(), notes | {"trail": asdict(aligned.trail)})
     return aligned
-
-
-def _trainable(net: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(net).requires_grad_(True)
 
 
 def _effort(aligned: Aligned | None) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from prfl_fast.demo.pictures import data_uri, grey_png, sprite_sheet
 Json = Mapping[str, Any]
 
 # CSS class that gives an arm its colour, the same in every chart; arms without one share "other".
-_TONES = {"real": "real", "before": "before", "flow_matching": "flow", "pixel": "pixel", "prfl": "one", "full": "full"}
+_TONES = {
+    "real": "real",
+    "good": "real",
+    "before": "before",
+    "flow_matching": "flow",
+    "pixel": "pixel",
+    "prfl": "one",
+    "full": "full",
+}
 
 # Judges: key of the per-seed values, heading, unit of the axis, how to read it.
 _JUDGES = (
@@ -126,7 +134,8 @@ def clips(details: Json, pictures: Mapping[str, npt.NDArray[np.uint8]]) -> str:
     )
     return _section(
         "Before and after, same seeds",
-        "<p>Each column starts from the same noise. Clips were taken in the order of their seeds, none was picked.</p>"
+        "<p>In the models' rows each column starts from the same noise. Clips were taken in the order of their seeds, "
+        "none was picked.</p>"
         f'<div class="card player">{controls}{"".join(rows)}</div>',
     )
 

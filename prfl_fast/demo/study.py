@@ -1,7 +1,8 @@
 """``prfl-fast demo --study``: the long comparison, an hour or two on two cores.
 
-Several training seeds (rewards and alignment both), learning rates tuned for every arm on the same grid, equal compute
-time and equal updates, where along the chain the reward looks, and what the reward's pretrained backbone is worth.
+Several training seeds (rewards and alignment both), learning rate and flow-matching weight tuned for every arm, equal
+compute time and equal updates, where along the chain the reward looks, and what the reward's pretrained backbone is
+worth.
 
 Every job is a process of one thread, two at a time; its training seconds are processor time, so that other work on
 the machine does not change who wins. Finished jobs lie in ``output/study.jsonl`` and are not done again.
@@ -31,15 +32,16 @@ from prfl_fast.demo.net import draw_noise, make_net
 from prfl_fast.demo.rewards import (
     PixelReward,
     latent_accuracy,
+    make_latent_reward,
     pixel_accuracy,
     train_latent_reward,
     train_pixel_reward,
+    trained,
 )
 from prfl_fast.demo.sample import STEPS
 from prfl_fast.demo.settings import ARMS, DemoSettings
 from prfl_fast.demo.stages import Stages
 from prfl_fast.demo.study_tables import TINY_PLAN, Plan, as_text, make_tables
-from prfl_fast.reward import LatentRewardModel
 
 TUNING_SEED = 0
 JUDGED_SEED, TUNING_NOISE = 779, 780  # of initial noise that no training draws
@@ -75,14 +77,15 @@ def run_study(settings: DemoSettings) -> Path:
     run = _Runner(settings, plan, finished)
     accuracies = run.rewards([TUNING_SEED, *plan.seeds])
     tuning = run.jobs(
-        Job(replace(arm, rate=rate), TUNING_SEED, plan.tuning_seconds, tuning=True)
+        Job(replace(arm, rate=rate, flow_weight=weight), TUNING_SEED, plan.tuning_seconds, tuning=True)
         for arm in ARMS
-        for rate in plan.rates
         if arm.reward is not None
+        for rate, weight in plan.grid(arm)
     )
     for key in [arm.key for arm in ARMS if arm.reward is not None]:
         best = min((row for row in tuning if row["job"]["arm"]["key"] == key), key=lambda row: row["total_error"])
-        arms[key] = replace(arms[key], rate=best["job"]["arm"]["rate"])
+        chosen = best["job"]["arm"]
+        arms[key] = replace(arms[key], rate=chosen["rate"], flow_weight=chosen["flow_weight"])
     arms["flow_matching"] = replace(arms["flow_matching"], rate=arms["full"].rate)
     supervised: list[Arm] = [
         replace(arms["full"], key=f"full_{name}", label=f"Full chain, {name}", supervise=taps)
@@ -126,9 +129,13 @@ class _Finished:
         self._path = path
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            whole, _, torn = text.rpartition("\n")
+            for line in whole.splitlines():
                 row = json.loads(line)
                 self.rows[row["key"]] = row
+            if torn:  # a process that was killed while it wrote: that job is done again
+                path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
@@ -172,6 +179,8 @@ class _Runner:
                 rows = pool.imap_unordered(_keyed, packed)
                 for row in tqdm(rows, total=len(packed), desc=function.__name__.strip("_")):
                     self._finished.add(row)
+                pool.close()
+                pool.join()
         return [self._finished.rows[key] for key, _ in work]
 
 
@@ -183,7 +192,8 @@ def _keyed(packed: tuple[Callable[[Any], dict[str, Any]], str, Any]) -> dict[str
 
 
 def _stages(settings: DemoSettings) -> Stages:
-    return Stages(Path(settings.output) / "stages", settings.deciding())
+    # The rewards depend on no arm's settings: tuning an arm again leaves them as they are.
+    return Stages(Path(settings.output) / "stages", {"seed": settings.seed, "sizes": asdict(settings.sizes)})
 
 
 def _material(settings: DemoSettings) -> Material:
@@ -221,14 +231,12 @@ def _train_reward(arguments: tuple[DemoSettings, str, int]) -> dict[str, Any]:
 
 
 def _rewards(settings: DemoSettings, material: Material, seed: int, backbone: str) -> Rewards:
-    latent = LatentRewardModel.from_transformer(material.base, num_blocks=2, num_heads=4)
-    pixel = PixelReward()
+    latent, pixel = make_latent_reward(material.base), PixelReward()
     for module, kind in ((latent, "latent" if backbone == "pretrained" else "random"), (pixel, "pixel")):
         done = _stages(settings).load(f"study_{kind}_{seed}")
         if done is None:
             raise ValueError(f"output: {settings.output}/stages lacks the {kind} reward of seed {seed}; start anew")
-        module.load_state_dict(done[0])
-        module.eval().requires_grad_(False)
+        trained(module, done[0])
     return Rewards(latent, pixel, material.codec)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ def read_clips(folder: str | Path, count: int, generator: torch.Generator) -> Te
         else:
             videos.append(frames)
     if left_out:
-        import warnings
-
         warnings.warn(f"clips: left out {'; '.join(left_out)}", stacklevel=2)
     if not videos:
         raise ValueError(f"clips: none of the {len(paths)} videos in {root} can be used: {'; '.join(left_out)}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from fractions import Fraction
 
 import torch
 
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?))?B\s*", re.IGNORECASE)
 _EXPECTED = "expected a size such as '60GiB' or '64GB', whole bytes from 1, or a fraction of the device in (0, 1]"
 
 
@@ -35,7 +36,7 @@ def parse_budget(memory_budget: str | int | float, device: torch.device) -> int:
         if match is None:
             raise ValueError(f"memory_budget: {_EXPECTED}, got {memory_budget!r}")
         power = " KMGT".index((match[2] or " ").upper())
-        count = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        count = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)  # rounded down, never up
     if count < 1:
         raise ValueError(f"memory_budget: {_EXPECTED}, got {memory_budget!r}")
     return count

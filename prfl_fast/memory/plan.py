@@ -16,9 +16,9 @@ class InfeasibleBudget(ValueError):
 
     def __init__(self, budget_bytes: int, least_bytes: int, alternatives: tuple[Alternative, ...] = ()) -> None:
         super().__init__(
-            f"memory_budget: {_size(budget_bytes)} ({budget_bytes} bytes) can't hold the chain; the least that would "
-            f"do is {_size(least_bytes)} ({least_bytes} bytes). Raise the budget, or make latents, batch or the "
-            "number of trainable parameters smaller."
+            f"memory_budget: {_exactly(budget_bytes)} can't hold the chain; the least that would do is "
+            f"{_exactly(least_bytes)}. Raise the budget, or make latents, batch or the number of trainable parameters "
+            "smaller."
         )
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
@@ -35,6 +35,10 @@ class Alternative:
     recompute: str
     keep_last_call: bool
     peak_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_way(self.recompute, self.keep_last_call)
+        _check_bytes("peak_bytes", self.peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,11 @@ class MemoryPlan:
     alternatives: tuple[Alternative, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.recompute not in _RECOMPUTE:
-            raise ValueError(f"recompute: expected one of {', '.join(map(repr, _RECOMPUTE))}, got {self.recompute!r}")
-        if not isinstance(self.keep_last_call, bool):
-            raise TypeError(f"keep_last_call: expected True or False, got {self.keep_last_call!r}")
+        _check_way(self.recompute, self.keep_last_call)
+        for name in ("budget_bytes", "predicted_peak_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_bytes(name, value)
 
     def __str__(self) -> str:
         last = "kept" if self.keep_last_call else "recomputed too"
@@ -81,11 +86,12 @@ class MemoryPlan:
     @classmethod
     def from_json(cls, text: str) -> MemoryPlan:
         """The plan of :meth:`to_json`. Raises ValueError for text that holds another thing."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or not fields.keys() <= cls.__dataclass_fields__.keys():
-            raise ValueError(f"text: expected the JSON of a memory plan, got {text[:80]!r}")
-        ways = tuple(Alternative(**way) for way in fields.pop("alternatives", ()))
-        return cls(**fields, alternatives=ways)
+        try:
+            fields = json.loads(text)
+            ways = tuple(Alternative(**way) for way in fields.pop("alternatives"))
+            return cls(**fields, alternatives=ways)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"text: expected the JSON of a memory plan, got {text[:80]!r} ({error})") from error
 
 
 def choose_plan(budget_bytes: int | None, alternatives: Iterable[Alternative] = ()) -> MemoryPlan:
@@ -110,6 +116,18 @@ def choose_plan(budget_bytes: int | None, alternatives: Iterable[Alternative] = 
     raise InfeasibleBudget(budget_bytes, min(way.peak_bytes for way in seen), tuple(seen))
 
 
+def _check_way(recompute: object, keep_last_call: object) -> None:
+    if recompute not in _RECOMPUTE:
+        raise ValueError(f"recompute: expected one of {', '.join(map(repr, _RECOMPUTE))}, got {recompute!r}")
+    if not isinstance(keep_last_call, bool):
+        raise TypeError(f"keep_last_call: expected True or False, got {keep_last_call!r}")
+
+
+def _check_bytes(name: str, count: object) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name}: expected whole bytes, got {count!r}")
+
+
 def _size(count: int) -> str:
     """Bytes for people: 1536 -> '1.50 KiB'."""
     value, unit = float(count), "bytes"
@@ -118,3 +136,7 @@ def _size(count: int) -> str:
             break
         value /= 1024
     return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
+
+
+def _exactly(count: int) -> str:
+    return _size(count) if count < 1024 else f"{_size(count)} ({count} bytes)"

@@ -7,7 +7,7 @@ text mask that decides an attention's length, is the same as in the real run, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -97,8 +97,8 @@ class Pretence(TorchDispatchMode):
 
     @contextmanager
     def inside(self, *modules: nn.Module) -> Iterator[None]:
-        """Parameters and buffers of the modules are twins, hooks rest, and everything is put back at the end: what the
-        modules keep from call to call too."""
+        """Parameters and buffers of the modules are twins, hooks and compiled calls rest, and everything is put back
+        at the end: what the modules keep from call to call too."""
         parts = {id(m): m for module in modules for m in module.modules()}.values()
         with ExitStack() as stack:
             for part in parts:
@@ -108,6 +108,7 @@ class Pretence(TorchDispatchMode):
                     stack.callback(_put_back, container, container.copy())
                 for name in _HOOKS:
                     attributes[name] = type(attributes[name])()
+                attributes["_compiled_call_impl"] = None  # of a module compiled in place
                 for name in ("_parameters", "_buffers"):
                     own = attributes[name]
                     for key, value in own.items():
@@ -124,10 +125,10 @@ def _put_back(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def real_leaf(outputs: list[Tensor]) -> Tensor | None:
-    """A leaf of the outputs' graph that is no twin: a backward would leave a fake gradient there."""
+def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
+    """A leaf of these nodes' graph that is no twin: a backward would leave a fake gradient there."""
     seen: set[Any] = set()
-    stack: list[Any] = [t.grad_fn for t in outputs]
+    stack: list[Any] = list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node in seen:

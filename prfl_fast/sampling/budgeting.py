@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from prfl_fast.memory.budget import parse_budget
 from prfl_fast.memory.plan import Alternative, MemoryPlan, choose_plan
 from prfl_fast.memory.pretend import Pretence, UntraceableError, real_leaf, tracing
-from prfl_fast.memory.trace import LiveBytes, storage_bytes
+from prfl_fast.memory.trace import ROUNDING, LiveBytes, storage_bytes
 from prfl_fast.models.base import Adapter
 from prfl_fast.models.generic import CallableAdapter
 from prfl_fast.sampling.calls import Caller
@@ -74,9 +74,11 @@ def plan_for(request: Request, memory_budget: str | int | float, graph: str = "c
 
 def _ways(request: Request) -> list[tuple[str, bool]]:
     """Ways that differ in their peak. A graph that is kept at the end of the chain is walked first in the backward,
-    where a recomputed one would stand as well; only one that later calls run beside costs more."""
+    where a recomputed one would stand as well; only one that later calls run beside costs more: those of later steps,
+    or the unconditional branch where it is constant."""
     blocks = any(n.adapter.blocks() for n in request.networks)
-    waits = not request.differentiated(request.last_step - 1)
+    beside = request.networks[-1].guided and not request.guidance.both_branches
+    waits = beside or not request.differentiated(request.last_step - 1)
     return [way for way in _WAYS if (way[0] == "call" or blocks) and (way[1] or waits)]
 
 
@@ -94,7 +96,7 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
     """Peak of what forward and backward of the chain make, counted on fake tensors.
 
     Earlier steps than those that are traced in full may have some more cotangents of the solver's state beside them
-    (one for each entry at most), so the state is counted once more.
+    (one for each entry at most), so the state is counted once more; and they may have conditioning of their own.
     """
     pretence = Pretence()
     devices = [request.latents.device] if request.latents.device.type == "cuda" else []
@@ -106,12 +108,12 @@ def _made_bytes(request: Request, graph: str, dtypes: dict[int, torch.dtype]) ->
         warnings.simplefilter("ignore")  # what a real run has to say, the real run says
         stack.enter_context(pretence.inside(*request.modules))
         stack.enter_context(pretence)
-        pretended = _pretended(request, pretence, graph, dtypes)
-        state = _state_bytes(pretended)
+        pretended = _pretended(request, pretence, dtypes)
+        state = _state_bytes(pretended, dtypes.values())
         with LiveBytes() as live:
             _forward_and_backward(pretended, graph)
     peak: int = live.peak
-    return peak + state
+    return peak + state + ROUNDING + _conditioning_gradient_bytes(request, graph)
 
 
 def _forward_and_backward(request: Request, graph: str) -> None:
@@ -119,7 +121,8 @@ def _forward_and_backward(request: Request, graph: str) -> None:
     taps = [tap.latents for tap in sample.taps if tap.latents.requires_grad]
     if not taps:
         return
-    if real_leaf([*taps, sample._last_prediction]) is not None:
+    nodes = [latents.grad_fn for latents in taps] if sample._tape is None else sample._tape.nodes()
+    if real_leaf(nodes) is not None:
         raise UntraceableError("it has trainable tensors that are none of its parameters")
     gradients = [torch.empty_like(latents) for latents in taps]
     if graph == "chain":
@@ -130,19 +133,21 @@ def _forward_and_backward(request: Request, graph: str) -> None:
     sample.backward()
 
 
-def _state_bytes(request: Request) -> int:
-    """The solver's state at its largest."""
+def _state_bytes(request: Request, dtypes: Iterable[torch.dtype]) -> int:
+    """The solver's state at its largest, for predictions of these dtypes; none: every step is traced in full."""
     solver, most = request.solver, 0
-    state = solver.initial_state(request.latents.detach())
-    for step in range(request.start_step, request.last_step):
-        noise = solver.draw_noise(step, state[0], _copied(request.generator))
-        with torch.no_grad():
-            state = solver.step(step, state, state[0], noise, request.latent_mask)
-        most = max(most, sum(map(storage_bytes, state)))
+    for dtype in set(dtypes):
+        state = solver.initial_state(request.latents.detach())
+        for step in range(request.start_step, request.last_step):
+            prediction = torch.empty_like(state[0], dtype=dtype)
+            noise = solver.draw_noise(step, state[0], _copied(request.generator), model_dtype=dtype)
+            with torch.no_grad():
+                state = solver.step(step, state, prediction, noise, request.latent_mask)
+            most = max(most, sum(map(storage_bytes, state)))
     return most
 
 
-def _pretended(request: Request, pretence: Pretence, graph: str, dtypes: dict[int, torch.dtype]) -> Request:
+def _pretended(request: Request, pretence: Pretence, dtypes: dict[int, torch.dtype]) -> Request:
     """The request on twins, with stand-ins where a step's call is like a later one's. ``dtypes`` are those of the
     networks' predictions; it is filled here, by one call of each."""
     eager = {id(n.adapter): _without_wrappers(n.adapter) for n in request.networks}
@@ -159,7 +164,7 @@ def _pretended(request: Request, pretence: Pretence, graph: str, dtypes: dict[in
         detect_nonfinite=False,
         progress=False,
     )
-    needed = _needed_steps(request, graph)
+    needed = _needed_steps(request)
     for step in range(request.start_step, request.last_step):
         place = step - request.start_step
         if step in needed:
@@ -172,11 +177,11 @@ def _pretended(request: Request, pretence: Pretence, graph: str, dtypes: dict[in
     return replace(twins, networks=tuple(networks))
 
 
-def _needed_steps(request: Request, graph: str) -> set[int]:
+def _needed_steps(request: Request) -> set[int]:
     """The last steps of each kind; earlier ones have fewer latents beside them in the backward.
 
-    Two calls of a kind: the backward of the second to last one finds the gradients of all parameters in place. Two
-    branches are two calls, but in one backward; with ``graph="steps"`` it is the next one that finds them.
+    Two of a kind: the backward of the second to last one finds the gradients of all parameters in place, and what the
+    later step sends back past its own call.
     """
     kinds: dict[Any, list[int]] = {}
     for step in range(request.start_step, request.last_step):
@@ -188,11 +193,26 @@ def _needed_steps(request: Request, graph: str) -> set[int]:
         shapes = (_shapes(request.conditioning[place]), _shapes(request.negative[place]))
         kinds.setdefault((id(network.adapter), network.guided, cuts, shapes), []).append(step)
     needed: set[int] = set()
-    for (_, guided, cuts, _), steps in kinds.items():
+    for (_, _, cuts, _), steps in kinds.items():
         constant = all(zero for zero, _, _ in cuts)
-        branches = guided and request.guidance.both_branches and graph == "chain"
-        needed.update(steps[-1:] if constant or branches else steps[-2:])
+        needed.update(steps[-1:] if constant else steps[-2:])
     return needed
+
+
+def _conditioning_gradient_bytes(request: Request, graph: str) -> int:
+    """Gradients of conditioning tensors that no traced step is given; a tape has a second one, of its own leaf."""
+    needed = _needed_steps(request)
+    traced: set[int] = set()
+    others: dict[int, int] = {}
+    for step in range(request.start_step, request.last_step):
+        place = step - request.start_step
+        for tensor in tree_leaves([request.conditioning[place], request.negative[place]]):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                if step in needed:
+                    traced.add(id(tensor))
+                else:
+                    others[id(tensor)] = storage_bytes(tensor)
+    return (2 if graph == "steps" else 1) * sum(size for key, size in others.items() if key not in traced)
 
 
 def _shapes(conditioning: Mapping[str, Any]) -> tuple[Any, ...]:

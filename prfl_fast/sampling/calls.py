@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.blocks import recompute_blocks
@@ -33,9 +34,32 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def _autocast_without_cache() -> Iterator[None]:
+    """Autocast keeps the weights that it has cast until its region is left. In older torch those of a call without
+    gradient served a later call with one, whose weights then got none, in silence (pytorch/pytorch#65766)."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _checkpoints_itself_scaled(module: nn.Module, conditioning: Conditioning) -> bool:
+    """Whether the model was given gradient checkpointing and the call scales its LoRA layers. diffusers undoes that
+    scale when the call is left, before the blocks' own checkpoints run again."""
+    scaled = any(
+        name.endswith("attention_kwargs") and isinstance(value, dict) and value.get("scale", 1.0) != 1.0
+        for name, value in conditioning.items()
+    )
+    return scaled and any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
+
+
 def detach_conditioning(conditioning: Conditioning) -> Conditioning:
     """The same keyword arguments, tensors cut from the graph."""
-    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in conditioning.items()}
+    detached: Conditioning = tree_map_only(Tensor, Tensor.detach, conditioning)
+    return detached
 
 
 class Caller:
@@ -59,14 +83,17 @@ class Caller:
         """The call itself; runs once in the forward and once more when it is recomputed in a backward."""
         request, run = self._request, self._run
         with run.undoing(), ExitStack() as stack:
+            stack.enter_context(_autocast_without_cache())
+            stack.enter_context(run.guard.same_scales())
             run.network_calls += 1
             if run.in_backward:
                 run.guard.check()
             module = adapter.module()
             if freeze and module is not None:
                 stack.enter_context(_frozen(module))
-            if request.plan.recompute == "blocks" and torch.is_grad_enabled() and module is not None:
-                stack.enter_context(recompute_blocks(module, [block for _, block in adapter.blocks()]))
+            if torch.is_grad_enabled() and module is not None:
+                if request.plan.recompute == "blocks" or _checkpoints_itself_scaled(module, conditioning):
+                    stack.enter_context(recompute_blocks(module, [block for _, block in adapter.blocks()]))
             if watch is not None:
                 stack.enter_context(watch.watching())
             timestep = request.timesteps[step]

@@ -56,6 +56,11 @@ class _RandomState:
         set_device_states(*self._devices)
 
 
+def _tap(request: Request, run: Run, x: Tensor, step: int) -> Tap:
+    latents = root(x, run) if x.requires_grad else x
+    return Tap(latents, request.timestep_after(step), float(request.solver.sigmas[step]), step)
+
+
 def run_chain(request: Request) -> Sample:
     """Samples, and leaves the graph behind the taps."""
     run = Run(request)
@@ -68,30 +73,31 @@ def run_chain(request: Request) -> Sample:
     taps: dict[int, Tap] = {}
     x = prediction = request.latents
     steps = range(request.start_step, request.last_step)
-    for step in tqdm(steps, desc="sampling", unit="step", disable=not request.progress):
-        noise = solver.draw_noise(step, lanes[0].state[0], request.generator)
-        parted = _split(request, lanes, step)
-        gradient_lanes = sum(not weights.zero for _, weights in parted)
-        random_state = _RandomState(lanes[0].state[0]) if gradient_lanes > 1 else None
-        lanes, value = [], None
-        for number, (lane, weights) in enumerate(parted):
-            x = lane.state[0]
-            if weights.zero and value is not None:
-                prediction = value
-            else:
+    with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
+        for step in bar:
+            parted = _split(request, lanes, step)
+            gradient_lanes = sum(not weights.zero for _, weights in parted)
+            random_state = _RandomState(lanes[0].state[0]) if gradient_lanes > 1 else None
+            predictions: list[Tensor] = []
+            for number, (lane, weights) in enumerate(parted):
+                if weights.zero and predictions:
+                    predictions.append(predictions[0].detach())
+                    continue
                 if number and random_state is not None:
                     random_state.restore()
                 keep = step == last_differentiated and number == gradient_lanes - 1 and request.plan.keep_last_call
-                prediction = caller.predict(step, x, weights, keep)
-                value = prediction.detach()
-            if prediction.requires_grad:
-                prediction = prediction_node(prediction, run, step)
-            state = solver.step(step, lane.state, prediction, noise, request.latent_mask)
-            lanes.append(_Lane(lane.taps, state))
-            for tap in lane.taps:
-                if mode.taps[tap] == step + 1:
-                    latents = root(state[0], run) if state[0].requires_grad else state[0]
-                    taps[tap] = Tap(latents, request.timestep_after(step + 1), float(solver.sigmas[step + 1]), step + 1)
+                made = caller.predict(step, lane.state[0], weights, keep)
+                predictions.append(prediction_node(made, run, step) if made.requires_grad else made)
+            # After the calls, as in the scheduler's own loop: dropout and noise may share a generator.
+            x, prediction = parted[0][0].state[0], predictions[0]
+            noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
+            lanes = []
+            for (lane, _), made in zip(parted, predictions, strict=True):
+                state = solver.step(step, lane.state, made, noise, request.latent_mask)
+                lanes.append(_Lane(lane.taps, state))
+                for tap in lane.taps:
+                    if mode.taps[tap] == step + 1:
+                        taps[tap] = _tap(request, run, state[0], step + 1)
     return Sample(
         taps=tuple(taps[k] for k in range(len(mode.taps))),
         plan=request.plan,

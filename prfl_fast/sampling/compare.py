@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from prfl_fast.memory.trace import LiveBytes
 from prfl_fast.models import adapter_for
 from prfl_fast.sampling.door import unrolled_sample
-from prfl_fast.sampling.modes import GradientMode
+from prfl_fast.sampling.modes import GradientMode, resolve_mode
+from prfl_fast.solvers import make_solver
 
 Reward = Callable[[Tensor, Tensor], Tensor]
 
@@ -131,11 +132,12 @@ def compare_gradients(
         transformer, scheduler, latents, num_inference_steps: as in :func:`unrolled_sample`.
         reward: ``reward(latents, timestep)`` -> values, summed over nothing and averaged here.
         modes: gradient modes to compare; the exact one is run first in any case.
-        generator_seed: every mode starts from this seed, so that random modes and noise repeat.
+        generator_seed: every mode starts from this seed, so that random modes, noise and dropout repeat.
         **arguments: further arguments of :func:`unrolled_sample`; ``gradient`` and ``generator`` are set here.
 
     Returns:
         A :class:`GradientComparison`; ``print`` it. Modes that end the chain early (``prfl``) are rewarded there.
+        No ``.grad`` is touched: not the parameters', the latents', the conditioning's, nor the reward's.
 
     Raises:
         ValueError: no trainable parameter, a zero exact gradient, or what ``unrolled_sample`` refuses.
@@ -150,13 +152,20 @@ def compare_gradients(
     if not parameters:
         raise ValueError("transformer: expected a module with at least one trainable parameter")
 
+    _check_modes(scheduler, num_inference_steps, modes, arguments)
+    # Sharding reduces gradients beside autograd's own parameters, so it needs a whole backward.
+    sharded = any("FSDP" in c.__name__ for m in modules for part in m.modules() for c in type(part).__mro__)
+    devices = [latents.device] if latents.device.type == "cuda" else []
+
     def backward(mode: str | GradientMode) -> int:
         generator = torch.Generator(latents.device).manual_seed(generator_seed)
-        sample = unrolled_sample(
-            transformer, scheduler, latents, num_inference_steps, gradient=mode, generator=generator, **arguments
-        )
-        values = [reward(tap.latents, tap.timestep).mean() for tap in sample.taps]
-        torch.stack(values).sum().backward()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(generator_seed)
+            sample = unrolled_sample(
+                transformer, scheduler, latents, num_inference_steps, gradient=mode, generator=generator, **arguments
+            )
+            values = [reward(tap.latents, tap.timestep).mean() for tap in sample.taps]
+            torch.stack(values).sum().backward(inputs=None if sharded else parameters)
         return sample.network_calls
 
     rows: list[GradientRow] = []
@@ -169,3 +178,27 @@ def compare_gradients(
         name = mode if isinstance(mode, str) else "custom"
         rows.append(GradientRow(name, cosine, ratio, calls, seconds, peak))
     return GradientComparison(tuple(rows))
+
+
+def _check_modes(
+    scheduler: Any, num_inference_steps: int | None, modes: Sequence[str | GradientMode], arguments: dict[str, Any]
+) -> None:
+    """Refuses a wrong mode before the exact gradient is paid for."""
+    if isinstance(modes, str):
+        raise TypeError(f"modes: expected a sequence of gradient modes, got the string {modes!r}")
+    start_step = arguments.get("start_step", 0)
+    solver = make_solver(
+        scheduler, num_inference_steps, start_step=start_step, kind=arguments.get("solver", "auto")
+    )
+    taps = arguments.get("supervise")
+    for mode in modes:
+        if mode == "none":
+            raise ValueError("modes: 'none' has no gradient to compare")
+        resolve_mode(
+            mode,
+            num_steps=solver.num_steps,
+            start_step=start_step,
+            stop_step=arguments.get("stop_step"),
+            supervise=None if taps is None else tuple(taps),
+            generator=torch.Generator(),
+        )

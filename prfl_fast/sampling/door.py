@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prfl_fast.memory.plan import MemoryPlan, choose_plan
 from prfl_fast.models import adapter_for, refuse_unusable
@@ -85,7 +86,8 @@ def unrolled_sample(
         gradient: see :mod:`prfl_fast.sampling.modes`.
         graph: ``"chain"``: an ordinary autograd graph; ``"steps"``: ``sample.backward()`` walks one step at a time.
         memory_budget: ``"60GiB"``, ``"64GB"``, bytes, or a fraction of the device: weights, gradients, latents and
-            graphs of this call stay below it. None: whole-call recomputation.
+            graphs of this call stay below it; the reward's own memory and the allocator's come on top. Predicting takes
+            seconds, so give ``plan=sample.plan`` from the second call on. None: whole-call recomputation.
         plan: the plan of an earlier sample instead of a budget.
         verify_recompute: compare every block's output in the recomputation bit for bit with the forward's.
         detect_nonfinite: name step, branch and block of the first value or gradient that is not finite (slow).
@@ -97,7 +99,8 @@ def unrolled_sample(
 
     Raises:
         TypeError, ValueError: bad input, named, before any network call.
-        InfeasibleBudget: the budget can't hold the chain; it tells the least bytes that would do.
+        InfeasibleBudget: the budget can't hold the chain; it tells the least bytes that would do. For a network whose
+            memory can't be predicted (plain callable, sharded, values that decide) a ValueError says so.
         NonFiniteError, RecomputationError: what ``detect_nonfinite`` and ``verify_recompute`` found.
 
     Example:
@@ -332,8 +335,8 @@ def _check_gradient(request: Request, num_networks: int) -> None:
         w.parameters == 0 and w.input != 0 for w in weights
     ):
         raise ValueError("gradient: a step with parameter weight 0 and another input weight can't be sharded by FSDP")
-    tensors = [v for k in (*request.conditioning, *request.negative) for v in k.values() if isinstance(v, Tensor)]
-    reachable = request.latents.requires_grad or any(t.requires_grad for t in tensors)
+    given = [request.latents, *tree_leaves([*request.conditioning, *request.negative])]
+    reachable = any(isinstance(value, Tensor) and value.requires_grad for value in given)
     if not opaque and not reachable and not any(_trainable(m) for m in request.modules):
         raise ValueError(
             f"gradient={request.mode.name!r}, but nothing requires a gradient: no parameter of the transformer, not "

@@ -5,7 +5,8 @@ Without it a changed weight, adapter or mode would give a wrong gradient in sile
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -44,12 +45,24 @@ class ModelGuard:
         ]
         self._modules = [(name, m) for module in modules for name, m in module.named_modules()]
         self._layers = [pair for module in modules for pair in _adapter_layers(module)]
+        self._scaled: list[Any] = [layer for _, layer in self._layers]
         self._versions = self._read_versions()
         self._training = [m.training for _, m in self._modules]
         self._adapters = [_adapter_state(layer) for _, layer in self._layers]
 
     def _read_versions(self) -> list[tuple[int, bool]]:
         return [(tensor._version, tensor.requires_grad) for _, tensor in self._tensors]
+
+    @contextmanager
+    def same_scales(self) -> Iterator[None]:
+        """LoRA scalings after a call as before it. diffusers multiplies them for the call and divides them after it,
+        which is not always the same number again (3 * 0.1 / 0.1), and forgets them for a scale of 0."""
+        before = [dict(layer.scaling) for layer in self._scaled]
+        try:
+            yield
+        finally:
+            for layer, scaling in zip(self._scaled, before, strict=True):
+                layer.scaling.update(scaling)
 
     def check(self) -> None:
         """Raises ModelChangedError, naming the first thing that differs."""

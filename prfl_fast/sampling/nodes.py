@@ -10,6 +10,27 @@ from torch import Tensor
 from prfl_fast.sampling.run import Run
 
 
+class _End:
+    """Ends a run's backward, whichever way it goes.
+
+    The autograd engine calls it when the whole backward is through, and drops it uncalled when anything in that
+    backward has raised: a kernel out of memory, a hook of the user's, Ctrl-C.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Run | None = run
+        self._task = run.backward_task
+
+    def __call__(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.end_backward()
+
+    def __del__(self) -> None:
+        if self._run is not None and self._run.backward_task == self._task:
+            self._run.fail_backward()
+
+
 class _Root(torch.autograd.Function):
     """Sits on a tap's latents: the first node of ours that a backward reaches."""
 
@@ -31,8 +52,7 @@ class _Root(torch.autograd.Function):
         if not run.in_backward or run.backward_task != task:
             run.begin_backward()
             run.backward_task = task
-            # Runs when this whole backward is through; an exception never reaches it.
-            torch.autograd.Variable._execution_engine.queue_callback(run.end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(_End(run))
         return gradients[0], None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError
 from tqdm import tqdm
 
@@ -51,8 +52,9 @@ class Run:
 
     def fail_backward(self) -> None:
         """The backward was left by an exception: `.grad` is put back."""
-        self._transaction.rollback()
-        self._close()
+        if self.in_backward:
+            self._transaction.rollback()
+            self._close()
 
     def _close(self) -> None:
         self.in_backward = False
@@ -92,8 +94,7 @@ def _leaves(request: Request) -> Iterator[Tensor]:
     """Every leaf whose `.grad` a backward of this chain can touch."""
     seen: set[int] = set()
     candidates: list[object] = [request.latents]
-    for kwargs in (*request.conditioning, *request.negative):
-        candidates.extend(kwargs.values())
+    candidates.extend(tree_leaves([*request.conditioning, *request.negative]))
     for module in request.modules:
         candidates.extend(module.parameters())
     for value in candidates:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prfl_fast.memory.plan import MemoryPlan
+from prfl_fast.sampling.nodes import root
 from prfl_fast.sampling.run import Run
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class Sample:
         a, b = self._original
         if math.isnan(a):
             raise RuntimeError("pred_original_sample: the scheduler does not tell what its network predicts")
-        return a * self._last_input + b * self._last_prediction
+        original = a * self._last_input + b * self._last_prediction
+        return root(original, self._run) if original.requires_grad else original
 
     @property
     def gradient_norms(self) -> Tensor:

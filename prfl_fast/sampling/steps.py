@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from prfl_fast.sampling.calls import Caller
@@ -28,14 +30,17 @@ Cotangents = tuple[Tensor | None, ...]
 
 @dataclass
 class _Record:
-    """One step of the tape. ``x`` is the network's input, cut from the step before; ``prediction`` holds the graph of
-    the call (a checkpoint). ``state`` and ``noise`` are kept for a solver that is not linear; a linear one needs no
-    record at all of a step that gives no gradient."""
+    """One step of the tape. ``x`` is the network's input, cut from the step before; ``edge`` holds the graph of the
+    call (a checkpoint), None for a constant one; ``dtype`` is that of its prediction. ``prediction``, ``state`` and
+    ``noise`` are kept for a solver that is not linear; a linear one needs no record at all of a step that gives no
+    gradient, and of the others no value but x."""
 
     x: Tensor
-    prediction: Tensor
-    state: tuple[Tensor, ...] | None
-    noise: tuple[Tensor, ...]
+    edge: GradientEdge | None
+    dtype: torch.dtype
+    prediction: Tensor | None = None
+    state: tuple[Tensor, ...] | None = None
+    noise: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -55,13 +60,13 @@ class _LeafConditioning:
         self.negative = tuple(self._cut(kwargs) for kwargs in request.negative)
 
     def _cut(self, conditioning: Conditioning) -> Conditioning:
-        cut = dict(conditioning)
-        for name, value in conditioning.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                if id(value) not in self._leaves:
-                    self._leaves[id(value)] = (value, value.detach().requires_grad_())
-                cut[name] = self._leaves[id(value)][1]
+        cut: Conditioning = tree_map_only(Tensor, self._leaf, conditioning)
         return cut
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        return self._leaves.setdefault(id(value), (value, value.detach().requires_grad_()))[1]
 
     def backward(self) -> None:
         pairs = [(value, leaf.grad) for value, leaf in self._leaves.values() if leaf.grad is not None]
@@ -81,6 +86,10 @@ class StepTape:
     def record(self, step: int, record: _Record) -> None:
         """Adds a step."""
         self._records[step] = record
+
+    def nodes(self) -> list[Node]:
+        """Ends of the calls' graphs that are still to be walked."""
+        return [record.edge.node for record in self._records.values() if record.edge is not None]
 
     def backward(
         self, taps: Sequence[Tap], gradient: Tensor | Sequence[Tensor | None] | TapLoss | None
@@ -117,26 +126,23 @@ class StepTape:
         if request.latents.requires_grad:
             ends = [s.cotangents[0] for s in sweeps if s.cotangents[0] is not None]
             if ends:
-                gradient = torch.stack([end.to(request.latents.dtype) for end in ends]).sum(0)
-                torch.autograd.backward(request.latents, gradient)
+                torch.autograd.backward(request.latents, torch.stack(ends).sum(0).to(request.latents.dtype))
         return total
 
     def _step_back(self, request: Request, sweeps: list[_Sweep], step: int) -> None:
         record = self._records.pop(step, None)
-        state = None if record is None else record.state
-        prediction = None if record is None else record.prediction.detach()
-        noise = () if record is None else record.noise
+        kept = (None, None, ()) if record is None else (record.state, record.prediction, record.noise)
         for number, sweep in enumerate(sweeps):
             weights = request.mode.weights(sweep.tap, step)
             into_state, into_prediction = request.solver.pullback(
-                step, state, prediction, noise, sweep.cotangents, request.latent_mask
+                step, *kept, sweep.cotangents, request.latent_mask
             )
             if into_prediction is not None and record is not None and not weights.zero:
-                into_prediction = into_prediction.to(record.prediction.dtype)
+                into_prediction = into_prediction.to(record.dtype)
                 self._run.record(step, into_prediction)
                 into_x = _call_back(record, into_prediction, weights, retain=number < len(sweeps) - 1)
                 if into_x is not None:
-                    into_x = into_x.to(request.latents.dtype) if into_state[0] is None else into_x + into_state[0]
+                    into_x = into_x if into_state[0] is None else into_x + into_state[0]
                     into_state = (into_x, *into_state[1:])
             sweep.cotangents = into_state
 
@@ -201,19 +207,17 @@ def _merge(request: Request, sweeps: list[_Sweep], step: int) -> list[_Sweep]:
 
 def _call_back(record: _Record, gradient: Tensor, weights: StepWeights, *, retain: bool) -> Tensor | None:
     """Parameter gradients into ``.grad`` and the input's gradient back, each by its weight."""
-    x = record.x
-    if not record.prediction.requires_grad:
+    x, edge = record.x, record.edge
+    if edge is None:
         return None
     wants_x = x.requires_grad and weights.input != 0
     if weights.parameters == 0:
         if not wants_x:
             return None
-        (only,) = torch.autograd.grad(
-            record.prediction, x, gradient * weights.input, retain_graph=retain, allow_unused=True
-        )
+        (only,) = torch.autograd.grad(edge, x, gradient * weights.input, retain_graph=retain, allow_unused=True)
         return only
     x.grad = None
-    torch.autograd.backward(record.prediction, gradient * weights.parameters, retain_graph=retain)
+    torch.autograd.backward(edge, gradient * weights.parameters, retain_graph=retain)
     into_x, x.grad = x.grad, None
     return into_x * (weights.input / weights.parameters) if wants_x and into_x is not None else None
 
@@ -239,32 +243,37 @@ def run_steps(request: Request) -> Sample:
     taps: dict[int, Tap] = {}
     x = prediction = state[0]
     steps = range(request.start_step, request.last_step)
-    for step in tqdm(steps, desc="sampling", unit="step", disable=not request.progress):
-        noise = solver.draw_noise(step, state[0], request.generator)
-        x = state[0].detach()
-        if step in differentiated:
-            x.requires_grad_(_passes_input(request, step))
-            keep = step == differentiated[-1] and request.plan.keep_last_call
-            prediction = caller.predict(step, x, EXACT, keep)
-        else:
-            prediction = caller.predict(step, x, CONSTANT, False)
-        if not solver.linear:
-            tape.record(step, _Record(x, prediction, state, noise))
-        elif step in differentiated:
-            tape.record(step, _Record(x, prediction, None, ()))
-        with torch.no_grad():
-            state = solver.step(step, state, prediction.detach(), noise, request.latent_mask)
-        for index, tap in enumerate(mode.taps):
-            if tap == step + 1:
-                leaf = state[0].detach().clone().requires_grad_(bool(differentiated) or request.latents.requires_grad)
-                taps[index] = Tap(leaf, request.timestep_after(tap), float(solver.sigmas[tap]), tap)
+    with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
+        for step in bar:
+            x = state[0].detach()
+            if step in differentiated:
+                x.requires_grad_(_passes_input(request, step))
+                keep = step == differentiated[-1] and request.plan.keep_last_call
+                prediction = caller.predict(step, x, EXACT, keep)
+            else:
+                prediction = caller.predict(step, x, CONSTANT, False)
+            # After the call, as in the scheduler's own loop: dropout and noise may share a generator.
+            noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
+            # The graph outlives this step, the prediction does not.
+            edge, prediction = get_gradient_edge(prediction) if prediction.requires_grad else None, prediction.detach()
+            if not solver.linear:
+                tape.record(step, _Record(x, edge, prediction.dtype, prediction, state, noise))
+            elif step in differentiated:
+                tape.record(step, _Record(x, edge, prediction.dtype))
+            with torch.no_grad():
+                state = solver.step(step, state, prediction, noise, request.latent_mask)
+            for index, tap in enumerate(mode.taps):
+                if tap == step + 1:
+                    leaf = state[0].detach().clone()
+                    leaf.requires_grad_(bool(differentiated) or request.latents.requires_grad)
+                    taps[index] = Tap(leaf, request.timestep_after(tap), float(solver.sigmas[tap]), tap)
     return Sample(
         taps=tuple(taps[k] for k in range(len(mode.taps))),
         plan=request.plan,
         gradient_mode=mode.name,
         _run=run,
         _last_input=x.detach(),
-        _last_prediction=prediction.detach(),
+        _last_prediction=prediction,
         _original=solver.original_coefficients(request.last_step - 1),
         _tape=tape,
     )

@@ -75,3 +75,21 @@ def test_what_keeps_its_gradients_passes() -> None:
     refuse_unusable(net)
     refuse_unusable(lambda x, t: x)
     refuse_unusable(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("stateful", "name"), [(True, "something_new"), (False, "fbc_block"), (False, "new_cache_root")]
+)
+def test_caches_of_other_releases(stateful: bool, name: str) -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Hook(ModelHook):
+        _is_stateful = stateful
+
+    net: Any = make("wan").net
+    registry = HookRegistry.check_if_exists_or_initialize(net.blocks[1])
+    registry.register_hook(ModelHook(), "harmless")
+    refuse_unusable(net)
+    registry.register_hook(Hook(), name)
+    with pytest.raises(ValueError, match=rf"'blocks.1' has the hook '{name}' \(Hook\)"):
+        refuse_unusable(net)

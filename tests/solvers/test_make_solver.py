@@ -150,6 +150,37 @@ def test_timesteps_cut_by_the_caller() -> None:
     assert loop.solver_loop(cut, x).equal(loop.solver_loop(whole, x))
 
 
+def test_the_begin_index_of_cut_timesteps_counts() -> None:
+    scheduler = loop.build("flow-euler")
+    scheduler.set_timesteps(8)
+    scheduler.timesteps = scheduler.timesteps[3:]
+    first = make_solver(scheduler, None)
+    scheduler.set_begin_index(3)
+    assert not make_solver(scheduler, None).sigmas.equal(first.sigmas)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_changes_in_place_do_not_reach_the_solver(kind: str) -> None:
+    scheduler = loop.build("unipc2-bh2")
+    scheduler.set_timesteps(5)
+    solver, x = make_solver(scheduler, None, kind=kind), torch.randn(2, 3)
+    before, timesteps = loop.solver_loop(solver, x), solver.timesteps.clone()
+    scheduler.sigmas.mul_(0.5)
+    scheduler.timesteps.sub_(1)
+    assert loop.solver_loop(solver, x).equal(before) and solver.timesteps.equal(timesteps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_that_hold_nan(kind: str) -> None:
+    # The first of its interpolated sigmas is NaN and never read; it must not look like state that depends on values.
+    scheduler = diffusers.KDPM2DiscreteScheduler()
+    x = torch.randn(2, 3, 4)
+    expected = loop.own_loop(scheduler, 3, x)
+    # 5 evaluations, 8 roundings each, on values that 1 / sigma amplifies: sigma goes down to 0.03.
+    bound = 0 if kind == "scheduler" else 5 * 8 * 2**-24 * 32
+    assert loop.distance(loop.solver_loop(make_solver(scheduler, 3, kind=kind), x), expected) <= bound
+
+
 def test_known_schedulers_are_not_probed_again() -> None:
     scheduler = loop.build("unipc2-bh2")
     first = make_solver(scheduler, 5)

@@ -10,6 +10,7 @@ import schedulerloop as loop
 import torch
 
 from prfl_fast.solvers import NonFiniteSchedulerError, NonlinearSchedulerError, SolverTable
+from prfl_fast.solvers.probe import Probes, StepProbe, read_original
 
 pytest.importorskip("diffusers")
 
@@ -149,6 +150,18 @@ def test_the_denoised_prediction_is_that_of_the_clean_latent(name: str) -> None:
         # The terms a x and b m are as large as |x0| / alpha where the network predicts noise, and cancel.
         size = (abs(a) * x.abs() + abs(b) * m.abs()).max()
         assert (a * x + b * m - clean).abs().max() <= 2**-24 * 16 * float(size) + 1e-6
+
+
+def test_a_told_prediction_counts_only_as_a_map_of_latents_and_output() -> None:
+    probes = Probes(0)
+    x, h, m = probes[0], probes[1], probes[2]
+
+    def told(original: torch.Tensor | None) -> tuple[float, float] | None:
+        return read_original(StepProbe(2, 0, x, (x, h), original), probes)
+
+    assert told(2 * x + 5 * m) == (2.0, 5.0)
+    for other in (None, 2 * x + 3 * h + 5 * m, 2 * x + 1, x.clamp(-1, 1), x[0]):
+        assert told(other) is None
 
 
 def test_only_what_later_steps_read_is_carried() -> None:

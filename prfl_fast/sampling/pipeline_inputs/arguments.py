@@ -36,8 +36,7 @@ COMMON = (
 def private_view(pipe: Any) -> Any:
     """A shallow copy of the pipeline with a scheduler of its own: whatever is set on it, ``pipe`` stays as it is."""
     view = copy.copy(pipe)
-    # Not by setattr, which would write it into the pipeline's config.
-    vars(view)["scheduler"] = copy_scheduler(pipe.scheduler)
+    view.scheduler = copy_scheduler(pipe.scheduler)
     return view
 
 

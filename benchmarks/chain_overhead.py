@@ -1,0 +1,121 @@
+"""Time that the chain itself takes per step: a trivial network on a tiny latent, its own time taken off.
+
+    OMP_NUM_THREADS=1 python benchmarks/chain_overhead.py --output benchmarks/results/chain_overhead_cpu.json
+
+Forward: one unrolled_sample of the full chain, its door included, minus as many bare calls of the network. Forward and
+backward: minus 2 C - 1 bare calls and C bare backwards. The solver is cached, as it is from the second chain on; what
+the first one pays is told apart. Aim: under 1 ms a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import record
+import torch
+from torch import Tensor, nn
+
+import prfl_fast
+
+
+class Trivial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def schedulers() -> dict[str, Any]:
+    import diffusers
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {
+        "UniPCMultistepScheduler": diffusers.UniPCMultistepScheduler(**flow),
+        "FlowMatchEulerDiscreteScheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        gc.collect()
+        start = time.perf_counter()
+        work()
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"median": statistics.median(times), "minimum": min(times)}
+
+
+def measure(scheduler: Any, solver: str, graph: str, steps: int, repeats: int) -> dict[str, Any]:
+    net, latents, t = Trivial(), torch.randn(1, 4, 2, 4, 4), torch.tensor(500.0)
+    ones = torch.ones_like(latents)
+
+    def forward() -> prfl_fast.Sample:
+        return prfl_fast.unrolled_sample(net, scheduler, latents, steps, solver=solver, graph=graph)
+
+    def both() -> None:
+        sample = forward()
+        sample.latents.backward(ones)
+        if graph == "steps":
+            sample.backward()
+
+    def own_forward() -> None:
+        for _ in range(steps):
+            net(latents, t)
+
+    def own_both() -> None:
+        for _ in range(steps - 1):
+            net(latents, t)
+        for _ in range(steps):
+            net(latents, t).backward(ones)
+
+    row: dict[str, Any] = {"scheduler": type(scheduler).__name__, "solver": solver, "graph": graph}
+    for name, whole, own in (("forward", forward, own_forward), ("forward_backward", both, own_both)):
+        chain, network = milliseconds(whole, repeats), milliseconds(own, repeats)
+        row[name] = {
+            "overhead_ms_per_step": {k: round((chain[k] - network[k]) / steps, 4) for k in chain},
+            "chain_ms": {k: round(v, 3) for k, v in chain.items()},
+            "network_ms": {k: round(v, 3) for k, v in network.items()},
+        }
+    return row
+
+
+def first_chain(scheduler: Any, solver: str, steps: int) -> float:
+    """Milliseconds of the probe, which later chains of the same scheduler do not pay."""
+    kinds: dict[str, Any] = {
+        "table": prfl_fast.SolverTable.from_scheduler,
+        "scheduler": lambda s, n: prfl_fast.unrolled_sample(
+            Trivial(), s, torch.randn(1, 4, 2, 4, 4), n, solver="scheduler", gradient="none"
+        ),
+    }
+    start = time.perf_counter()
+    kinds[solver](scheduler, steps)
+    return round(1e3 * (time.perf_counter() - start), 2)
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=30)
+    args = parser.parse_args()
+    about = record.about()
+    torch.set_num_threads(1)
+    about["threads"] = 1
+    rows = []
+    for scheduler in schedulers().values():
+        for solver in ("table", "scheduler"):
+            probe = first_chain(scheduler, solver, args.steps)
+            for graph in ("chain", "steps"):
+                rows.append(measure(scheduler, solver, graph, args.steps, args.repeats) | {"first_probe_ms": probe})
+    record.write({"steps": args.steps, "repeats": args.repeats, "about": about, "rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
