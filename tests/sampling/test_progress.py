@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import plainloop
@@ -79,6 +80,15 @@ class Interrupting(torch.autograd.Function):
         return gradients[0], None
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: a shell starts what it puts in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("graph", ["chain", "steps"])
 @pytest.mark.parametrize("kind", ["out of memory", "interrupt"])
 @pytest.mark.parametrize("call", range(2 * STEPS))
