@@ -68,7 +68,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	  : > build/constraints.txt; echo 'GPU found: the newest torch'; \
 	fi; \
 	echo 'installing prfl_fast and what its demo and tests need'; \
-	$(PIP) 'setuptools>=77' 'cmake>=3.24' 'ninja>=1.11' 'pybind11>=2.13' && \
+	$(PIP) -c build/constraints.txt 'torch>=2.10' 'setuptools>=77' 'cmake>=3.24' 'ninja>=1.11' 'pybind11>=2.13' && \
 	$(PIP) --no-build-isolation -c build/constraints.txt -e '.[test]' && \
 	echo $$(( $$(date +%s) - start )) > $@ && \
 	echo "installed in $$(cat $@) s"

@@ -128,11 +128,19 @@ class BuildExt(build_ext):
                 "CUDA kernels; without a C++ compiler on PATH the package installs as pure Python."
             )
 
+    def names(self) -> tuple[str, str]:
+        return OPS_LIBRARY, Path(self.get_ext_filename("prfl_fast._native")).name
+
     def get_outputs(self) -> list[str]:
-        return [str(self.folder() / name) for name in (OPS_LIBRARY, self.get_ext_filename("_native"))]
+        return [str(Path(self.build_lib) / "prfl_fast" / name) for name in self.names()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}
+        """What a strict editable install links to: the built files beside the sources."""
+        if not (self.inplace or self.editable_mode):
+            return {}
+        return {
+            output: str(self.folder() / name) for output, name in zip(self.get_outputs(), self.names(), strict=True)
+        }
 
 
 if compiler() is None:

@@ -116,6 +116,27 @@ def test_a_touched_file_alone_is_compiled_again(checkout: Path, tmp_path: Path) 
 
 
 @needs_compiler
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_an_editable_install_runs_from_the_checkout(checkout: Path, tmp_path: Path, mode: str) -> None:
+    """In an environment of its own, which finds torch and the build tools in this one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env/bin/python"
+    asked = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    own = Path(sysconfig.get_path("purelib"))
+    # A plain path, not a .pth that is executed: this environment's own editable prfl_fast stays out.
+    (Path(asked.stdout.strip()) / "borrowed.pth").write_text(f"{own}\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--config-settings", f"editable_mode={mode}"]
+    done = run([*pip, "--ignore-installed", *flags, "-e", str(checkout)], PRFL_CUDA="off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = subprocess.run([str(python), "-c", PROBE], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    told = json.loads(answer.stdout)
+    assert Path(told["file"]).resolve() == checkout / "prfl_fast/__init__.py"
+    assert "solver_step" in told["op"] and told["info"]["reason"] == "PRFL_CUDA=off"
+
+
+@needs_compiler
 def test_wheel_from_an_sdist(checkout: Path, tmp_path: Path) -> None:
     code = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
     made = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=checkout, capture_output=True, text=True)
