@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from prfl_fast.ops.backends import backend
+from prfl_fast.ops.gated_residual import gated_residual, gated_residual_norm
+from prfl_fast.ops.modulated_norm import modulated_norm
 from prfl_fast.ops.query_pool import query_pool
 from prfl_fast.ops.solver_step import StepCoefficients, solver_step, solver_step_transpose
 
-__all__ = ["StepCoefficients", "backend", "query_pool", "solver_step", "solver_step_transpose"]
+__all__ = [
+    "StepCoefficients",
+    "backend",
+    "gated_residual",
+    "gated_residual_norm",
+    "modulated_norm",
+    "query_pool",
+    "solver_step",
+    "solver_step_transpose",
+]

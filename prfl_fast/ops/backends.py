@@ -83,19 +83,21 @@ def _why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def choose(device: torch.device) -> str:
+def choose(device: torch.device, has: tuple[str, ...] = BACKENDS) -> str:
     """The backend for tensors on ``device``: the one that :func:`backend` names, else the best that is there.
+
+    Args:
+        device: of the tensors.
+        has: the backends that the op has.
 
     Raises:
         RuntimeError: the named backend cannot run there.
     """
-    if _chosen is not None:
+    if _chosen is not None and _chosen in has:
         reason = _why_not(_chosen, device)
         if reason is not None:
             raise RuntimeError(f"backend: {_chosen!r} was asked for, but {reason}")
         return _chosen
-    if device.type == "cpu":
-        return "cpu" if COMPILED is not None else "reference"
-    if device.type != "cuda":
-        return "reference"
-    return next(name for name in ("cuda", "triton", "reference") if _why_not(name, device) is None)
+    # Triton's interpreter is for tests: it is never the best that is there.
+    best = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}.get(device.type, ("reference",))
+    return next(name for name in best if name in has and _why_not(name, device) is None)
