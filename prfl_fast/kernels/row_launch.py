@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prfl_fast.ops.backends import backend
 from prfl_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from prfl_fast.ops.modulated_norm import modulated_norm
+from prfl_fast.ops.qk_norm_rope import qk_norm_rope
 from prfl_fast.ops.query_pool import query_pool
 from prfl_fast.ops.solver_step import StepCoefficients, solver_step, solver_step_transpose
 
@@ -14,6 +15,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "modulated_norm",
+    "qk_norm_rope",
     "query_pool",
     "solver_step",
     "solver_step_transpose",

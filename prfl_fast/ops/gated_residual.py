@@ -54,9 +54,9 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """``r = residual + gate y`` and ``modulated_norm(r)``: the stream is read once and written once.
 
-    The norm is that of the stream *after* it was rounded to its dtype, so a recomputation from the kept stream gives the
-    same bits. Kept for the backward: the new stream, mean and reciprocal deviation per token, the parameters, and ``y``
-    where the gate wants a gradient. Arguments and errors as in :func:`gated_residual` and :func:`modulated_norm`.
+    The norm is that of the stream *after* it was rounded to its dtype, so a recomputation from the kept stream gives
+    the same bits. Kept for the backward: the new stream, mean and reciprocal deviation per token, the parameters, and
+    ``y`` where the gate wants a gradient. Arguments and errors as in :func:`gated_residual` and :func:`modulated_norm`.
 
     Returns:
         The new stream and its modulated norm, both ``[B, L, C]`` in the dtype of ``residual``.
