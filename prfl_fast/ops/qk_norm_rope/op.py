@@ -13,7 +13,8 @@ from prfl_fast.ops.qk_norm_rope import registration as _registration  # noqa: F4
 from prfl_fast.ops.rows.checks import row_backend
 from prfl_fast.ops.rows.modulation import unit_stride
 
-# The result is n weight + bias, rounded: taking n out of it magnifies that rounding by 1 / |weight| and |bias / weight|.
+# The result is n weight + bias, rounded: taking n out of it magnifies that rounding by |bias / weight|, and a weight
+# whose products fall below the smallest numbers of the dtype leaves nothing to take out.
 SMALLEST_WEIGHT = 1e-3
 LARGEST_BIAS = 8.0
 
@@ -141,7 +142,8 @@ def qk_norm_rope(
     Arithmetic and statistics are in float32 (float64 for float64 tokens), the result is rounded once. The backward
     starts from the result, which attention keeps anyway, and the reciprocal deviations: turned back, without the bias
     and divided by the weight, it is the normed input. Where a weight is below 1e-3 in size or a bias above 8 times its
-    weight (and inside torch.compile, which can't look) the input is kept instead. Sums over tokens are the same bits in every run. Differentiable once.
+    weight (and inside torch.compile, which can't look) the input is kept instead. Sums over tokens are the same bits in
+    every run. Differentiable once.
 
     Args:
         q: ``[B, Lq, H, D]``, D even, any float dtype; any strides, the last one 1 (else a copy is made).

@@ -50,14 +50,31 @@ def _forward(
     return reference.forward(*arguments)
 
 
-def _backward(*arguments: Any) -> list[Tensor]:
-    *kept, dtypes, backend = arguments
+def _backward(
+    kept: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    d_out: Tensor,
+    rms: bool,
+    across_heads: bool,
+    interleaved: bool,
+    start: int,
+    kept_output: bool,
+    dtypes: Sequence[int],
+    backend: str,
+) -> list[Tensor]:
+    arguments = (kept, weight, bias, cos, sin, mean, rstd, d_out, rms, across_heads, interleaved, start, kept_output)
     kinds = [DTYPES[number] if number >= 0 else None for number in dtypes]
     if backend == "triton":
         from prfl_fast.kernels import qk_norm_rope
 
-        return [gradient for gradient in qk_norm_rope.backward(*kept, kinds) if gradient is not None]
-    gradients = reference.backward(*kept, [kind is not None for kind in kinds])
+        made = qk_norm_rope.backward(*arguments, kinds)
+        return [gradient for gradient in made if gradient is not None]
+    gradients = reference.backward(*arguments, [kind is not None for kind in kinds])
     return [g.to(kind, copy=True) for g, kind in zip(gradients, kinds, strict=True) if g is not None]
 
 
@@ -65,7 +82,6 @@ _library.impl("qk_norm_rope", _forward, "CompositeExplicitAutograd")
 _library.impl("qk_norm_rope_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("prfl_fast::qk_norm_rope", lib=_library)
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     rms, across_heads = rest[5], rest[6]
     rstd = torch.empty(x.shape[:2] if across_heads else x.shape[:3], dtype=compute_dtype(x), device=x.device)
@@ -73,7 +89,6 @@ def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, rstd
 
 
-@torch.library.register_fake("prfl_fast::qk_norm_rope_backward", lib=_library)
 def _fake_backward(kept: Tensor, *rest: Any) -> list[Tensor]:
     across_heads: bool = rest[8]
     dtypes: Sequence[int] = rest[12]
@@ -84,6 +99,10 @@ def _fake_backward(kept: Tensor, *rest: Any) -> list[Tensor]:
         for index, number in enumerate(dtypes)
         if number >= 0
     ]
+
+
+torch.library.register_fake("prfl_fast::qk_norm_rope", _fake_forward, lib=_library)
+torch.library.register_fake("prfl_fast::qk_norm_rope_backward", _fake_backward, lib=_library)
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -119,22 +119,18 @@ def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
     return (rstd.new_empty(0) if rms else torch.empty_like(rstd)), rstd
 
 
-@torch.library.register_fake("prfl_fast::modulated_norm", lib=_library)
 def _fake_modulated_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), *_statistics(x, rest[-2])
 
 
-@torch.library.register_fake("prfl_fast::gated_residual", lib=_library)
 def _fake_gated_residual(residual: Tensor, *rest: Any) -> Tensor:
     return _like(residual)
 
 
-@torch.library.register_fake("prfl_fast::gated_residual_norm", lib=_library)
 def _fake_gated_residual_norm(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(residual), _like(residual), *_statistics(residual, rest[-2])
 
 
-@torch.library.register_fake("prfl_fast::row_backward", lib=_library)
 def _fake_row_backward(
     stream: Tensor,
     y: Tensor | None,
@@ -158,6 +154,15 @@ def _fake_row_backward(
         for i, number in enumerate(dtypes)
         if number >= 0
     ]
+
+
+for _name, _fake in (
+    ("modulated_norm", _fake_modulated_norm),
+    ("gated_residual", _fake_gated_residual),
+    ("gated_residual_norm", _fake_gated_residual_norm),
+    ("row_backward", _fake_row_backward),
+):
+    torch.library.register_fake(f"prfl_fast::{_name}", _fake, lib=_library)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
@@ -235,8 +240,8 @@ def _set_up_modulated_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _modulated_norm_backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, _, _, *rest = _backward(ctx, None, d_out)
-    return (x, *rest, None, None, None, None)
+    into = _backward(ctx, None, d_out)
+    return (into[0], *into[3:], None, None, None, None)
 
 
 def _set_up_gated_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -259,9 +264,9 @@ def _gated_residual_norm_backward(ctx: Any, d_stream: Tensor | None, d_out: Tens
     return (*_backward(ctx, d_stream, d_out), None, None, None, None)
 
 
-for _name, _function, _set_up in (
+for _name, _derivative, _set_up in (
     ("modulated_norm", _modulated_norm_backward, _set_up_modulated_norm),
     ("gated_residual", _gated_residual_backward, _set_up_gated_residual),
     ("gated_residual_norm", _gated_residual_norm_backward, _set_up_gated_residual_norm),
 ):
-    torch.library.register_autograd(f"prfl_fast::{_name}", _function, setup_context=_set_up, lib=_library)
+    torch.library.register_autograd(f"prfl_fast::{_name}", _derivative, setup_context=_set_up, lib=_library)
