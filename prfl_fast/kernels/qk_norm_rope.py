@@ -30,6 +30,8 @@ def _pair_columns(pair, R: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.conste
     """Columns of both members of a pair. Half-split: (p, p + R / 2); what is not rotated is paired up behind."""
     if INTERLEAVED:
         return 2 * pair, 2 * pair + 1
+    if R == D:
+        return pair, pair + D // 2
     behind = pair >= R // 2
     first = tl.where(behind, pair + R // 2, pair)
     return first, first + tl.where(behind, (D - R) // 2, R // 2)
@@ -221,8 +223,8 @@ def qk_norm_rope_backward_kernel(
                     a = a - u
                     e = e - v
                 if HAS_WEIGHT:
-                    a = tl.where(there, a / wa, 0.0)
-                    e = tl.where(there, e / we, 0.0)
+                    a = a / tl.where(there, wa, 1.0)
+                    e = e / tl.where(there, we, 1.0)
             else:
                 if not RMS:
                     if ACROSS:
@@ -339,7 +341,7 @@ def forward(
             qk_norm_rope_forward_kernel[(length, batch)](
                 x, weight, bias, cos, sin, out, mean, rstd, x.stride()[:3], _angles(cos),
                 length, start, start + (0 if cos is None else cos.shape[1]), eps,
-                H=heads, D=dim, R=rotated, T=T, RMS=rms, ACROSS=across_heads, INTERLEAVED=interleaved,
+                H=heads, D=dim, R=rotated, T=T, RMS=rms, ACROSS=across_heads, INTERLEAVED=interleaved or cos is None,
                 ROTATE=cos is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
                 **_layout(heads, dim, backward=False),
             )  # fmt: skip
@@ -382,7 +384,7 @@ def backward(
                 kept, weight, bias, cos, sin, mean, rstd, d_out, d_x, *partials,
                 kept.stride()[:3], d_out.stride()[:3], _angles(cos),
                 length, start, start + (0 if cos is None else cos.shape[1]), per_program,
-                H=heads, D=dim, R=rotated, T=T, RMS=rms, ACROSS=across_heads, INTERLEAVED=interleaved,
+                H=heads, D=dim, R=rotated, T=T, RMS=rms, ACROSS=across_heads, INTERLEAVED=interleaved or cos is None,
                 ROTATE=cos is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, KEPT_OUT=kept_output,
                 NEED_X=into_x is not None, NEED_WEIGHT=into_weight is not None, NEED_BIAS=into_bias is not None,
                 **_layout(heads, dim, backward=True),
