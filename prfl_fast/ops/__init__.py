@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prfl_fast.ops.attention import attention
 from prfl_fast.ops.backends import backend
 from prfl_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from prfl_fast.ops.modulated_norm import modulated_norm
@@ -11,6 +12,7 @@ from prfl_fast.ops.solver_step import StepCoefficients, solver_step, solver_step
 
 __all__ = [
     "StepCoefficients",
+    "attention",
     "backend",
     "gated_residual",
     "gated_residual_norm",
