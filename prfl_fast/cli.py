@@ -59,6 +59,20 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if findings.healthy else EXIT_FAILED
 
 
+def compile_kernels(options: argparse.Namespace) -> int:
+    """Compile the Triton kernels without a GPU; see :func:`prfl_fast.compile.compile_kernels`."""
+    from prfl_fast import compile as compiling
+
+    given = {"architectures": options.arch} if options.arch is not None else {}
+    result = compiling.compile_kernels(ops=options.op, report=options.report, **given)
+    print(compiling.summary(result))
+    return EXIT_FAILED if any(row["stack"] for row in result["kernels"]) else 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prfl-fast", description="Exact reward gradients through the whole sampling chain, in bounded memory."
@@ -94,6 +108,17 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="PATH", help="config.json, model folder or pipeline folder that the twin is shrunk from"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
+    _add_traceback(command)
+
+    command = commands.add_parser(
+        "compile",
+        help="compile the Triton kernels of production models without a GPU: registers, memory, instructions",
+        description="Exit code 1 when a kernel spills registers. Ctrl-C keeps what was done in the report.",
+    )
+    command.set_defaults(run=compile_kernels)
+    command.add_argument("--arch", type=_names, metavar="NAMES", help="sm_80,sm_90,sm_100 (all of them by default)")
+    command.add_argument("--op", type=_names, metavar="NAMES", help="these ops alone, e.g. modulated_norm,qk_norm_rope")
+    command.add_argument("--report", metavar="FILE", help="write all numbers to this JSON file")
     _add_traceback(command)
     return parser
 

@@ -12,7 +12,9 @@ is too small to divide by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -20,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prfl_fast.kernels.columns import column_sum
+from prfl_fast.kernels.configurations import Launch, shape_of
 
 _PROGRAMS = 2
 _ROWS = 4
@@ -390,11 +393,68 @@ def backward(
                 **_layout(heads, dim, backward=True),
             )  # fmt: skip
     results = [d_x]
-    for partial, kind in zip(partials, (into_weight, into_bias), strict=True):
-        if partial is None or kind is None:
+    for sums_of, kind in zip(partials, (into_weight, into_bias), strict=True):
+        if sums_of is None or kind is None:
             results.append(None)
             continue
         columns = heads * dim if across_heads else dim
-        rows = partial.reshape(1, -1, columns)
+        rows = sums_of.reshape(1, -1, columns)
         results.append(column_sum(rows, (0, rows.shape[1]), kind).reshape(columns))
     return results
+
+
+@dataclass(frozen=True)
+class _Model:
+    """How a family norms and rotates queries and keys. ``tables``: heads of cos and sin, 0 for no rotation."""
+
+    name: str
+    heads: int
+    dim: int
+    across_heads: bool
+    rms: bool = True
+    tables: int = 1
+    interleaved: bool = True
+
+
+_MODELS = (
+    _Model("Wan 1.3B", 12, 128, True),
+    _Model("Wan 14B", 40, 128, True),
+    _Model("Wan 5B", 24, 128, True),
+    _Model("Wan 1.3B cross", 12, 128, True, tables=0),
+    _Model("Wan 14B cross", 40, 128, True, tables=0),
+    _Model("Wan 5B cross", 24, 128, True, tables=0),
+    _Model("HunyuanVideo", 24, 128, False),
+    _Model("LTX-Video", 32, 64, True, tables=32),
+    _Model("LTX-Video cross", 32, 64, True, tables=0),
+    _Model("CogVideoX 2B", 30, 64, False, rms=False, tables=0),
+    _Model("CogVideoX 5B", 48, 64, False, rms=False),
+    _Model("half-split", 24, 128, False, interleaved=False),
+)
+
+
+def production(architecture: int) -> Iterator[Launch]:
+    """Attention of the four families: forward, backward with every gradient, backward under LoRA (norms frozen)."""
+    for model in _MODELS:
+        length = 32760
+        start = 226 if not model.across_heads else 0
+        x = shape_of(1, length, model.heads, model.dim)
+        weight = shape_of(model.heads * model.dim if model.across_heads else model.dim)
+        bias = None if model.rms else weight
+        angles = None
+        if model.tables:
+            angles = shape_of(1, length - start, model.tables, model.dim // 2, dtype=torch.float32)
+        statistic = shape_of(*((1, length) if model.across_heads else (1, length, model.heads)), dtype=torch.float32)
+        layout = (model.rms, model.across_heads, model.interleaved, start)
+        name = f"{model.name} {model.heads}x{model.dim}"
+        yield Launch(
+            "qk_norm_rope", f"{name} forward", partial(forward, x, weight, bias, angles, angles, 1e-6, *layout)
+        )
+        for trained in (True, False):
+            kind = x.dtype if trained else None
+            yield Launch(
+                "qk_norm_rope", f"{name} backward{'' if trained else ' frozen'}",
+                partial(
+                    backward, x, weight, bias, angles, angles, None if model.rms else statistic, statistic, x, *layout,
+                    True, (x.dtype, kind, None if bias is None else kind),
+                ),
+            )  # fmt: skip

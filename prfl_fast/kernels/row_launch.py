@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -10,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prfl_fast.kernels.columns import column_sum
+from prfl_fast.kernels.configurations import Launch, chunk_of, shape_of
 from prfl_fast.kernels.rows import launch_for, row_backward_kernel, row_forward_kernel
 
 # Programs per multiprocessor of a backward that sums columns: one wave of blocks of 8 warps.
@@ -144,3 +147,75 @@ def backward(
             whole = len(segments) <= 1 or rows[number] != len(segments)
             buffers[number] = column_sum(partial, (0, programs) if whole else firsts, kind)
     return buffers
+
+
+@dataclass(frozen=True)
+class _Model:
+    """How a family modulates its tokens; ``rows``: one modulation per sample, segment or token."""
+
+    name: str
+    channels: int
+    modulation: torch.dtype = torch.bfloat16
+    rms: bool = False
+    affine: bool = False
+    rows: str = "sample"
+
+
+_MODELS = (
+    _Model("Wan 1.3B", 1536, torch.float32),
+    _Model("Wan 14B", 5120, torch.float32),
+    _Model("Wan 5B", 3072, torch.float32, rows="token"),
+    _Model("HunyuanVideo", 3072),
+    _Model("HunyuanVideo token-replace", 3072, rows="segment"),
+    _Model("LTX-Video", 2048, rms=True),
+    _Model("CogVideoX 2B", 1920, affine=True, rows="segment"),
+    _Model("CogVideoX 5B", 3072, affine=True, rows="segment"),
+)
+
+
+def production(architecture: int) -> Iterator[Launch]:
+    """Blocks of the four families: forward, backward with every gradient, backward under LoRA (modulation frozen)."""
+    for model in _MODELS:
+        yield from _production(model, "")
+        if model.name.startswith("Wan"):
+            # The norm in front of cross-attention has a weight and a bias and no modulation.
+            yield from _production(replace(model, name=f"{model.name} cross", affine=True), "plain")
+
+
+def _production(model: _Model, kind: str) -> Iterator[Launch]:
+    length, channels = 32760, model.channels
+    rows = {"sample": 1, "segment": 2, "token": length}[model.rows]
+    segments = (226, length - 226) if model.rows == "segment" else ()
+    x = shape_of(1, length, channels)
+    chunk = chunk_of(6, 1, rows, channels, dtype=model.modulation)
+    factor = None if kind == "plain" else chunk
+    own = shape_of(channels) if model.affine else None
+    statistic = shape_of(1, length, dtype=torch.float32)
+    mean = None if model.rms else statistic
+    narrow, wide = x.dtype, model.modulation
+    for op in ("modulated_norm", "gated_residual", "gated_residual_norm"):
+        if kind == "plain" and op != "gated_residual_norm":
+            continue
+        gated, normed = op != "modulated_norm", op != "gated_residual"
+        y, gate = (x, chunk) if gated else (None, None)
+        scale, weight = (factor, own) if normed else (None, None)
+        yield Launch(
+            op, f"{model.name} {channels} forward",
+            partial(forward, x, y, gate, scale, scale, weight, weight, segments, 1e-6, model.rms, normed),
+        )  # fmt: skip
+        for trained in (True, False):
+            gate_dtype = wide if trained and gated else None
+            scale_dtype = wide if trained and scale is not None else None
+            weight_dtype = narrow if trained and weight is not None else None
+            dtypes = (
+                narrow if normed else None, narrow if gated else None, gate_dtype, scale_dtype, scale_dtype,
+                weight_dtype, weight_dtype,
+            )  # fmt: skip
+            yield Launch(
+                op, f"{model.name} {channels} backward{'' if trained else ' frozen'}",
+                partial(
+                    backward, x, y if trained else None, gate, scale, rows if scale is not None else 0, weight,
+                    weight if scale_dtype else None, mean if normed else None, statistic if normed else None,
+                    x if gated else None, x if normed else None, segments, dtypes,
+                ),
+            )  # fmt: skip

@@ -6,12 +6,15 @@ float32, so each coefficient travels as three that add up to it exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from prfl_fast.kernels.configurations import Launch, shape_of
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _BLOCK = 1024
@@ -207,3 +210,26 @@ def transpose(
         True,
         cotangents[0].dtype,
     )
+
+
+def production(architecture: int) -> Iterator[Launch]:
+    """Steps on latents of 81 frames at 480p: state in float32, network in bfloat16, guidance; and all in float64."""
+    narrow, half, double = (_DTYPES.index(kind) for kind in (torch.float32, torch.bfloat16, torch.float64))
+    for name, rows, state_number, output_number in (
+        ("Euler", 1, narrow, half),
+        ("UniPC", 3, narrow, half),
+        ("UniPC float64", 3, double, double),
+    ):
+        state = shape_of(1, 16, 21, 60, 104, dtype=_DTYPES[state_number])
+        output = shape_of(1, 16, 21, 60, 104, dtype=_DTYPES[output_number])
+        coefficients = [0.3 + index for index in range(rows * (rows + 1))]
+        yield Launch(
+            "solver_step", f"{name} forward",
+            partial(step, (state,) * rows + (output,), output, None, coefficients, rows, 5.0, state_number,
+                    output_number),
+        )  # fmt: skip
+        yield Launch(
+            "solver_step", f"{name} backward",
+            partial(transpose, (state,) * rows, output, None, coefficients, [state_number] * rows + [output_number],
+                    rows, 5.0, output_number),
+        )  # fmt: skip
