@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prfl_fast.ops.dtypes import NUMBERS
 from prfl_fast.ops.qk_norm_rope import registration as _registration  # noqa: F401 (registers the torch ops)
@@ -18,17 +19,18 @@ from prfl_fast.ops.rows.modulation import unit_stride
 SMALLEST_WEIGHT = 1e-3
 LARGEST_BIAS = 8.0
 
-_divisible: weakref.WeakKeyDictionary[Tensor, tuple[object, bool]] = weakref.WeakKeyDictionary()
+# By identity: tensors of one shape compare element by element.
+_divisible: Any = WeakTensorKeyDictionary()
 
 
 def can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
     """True where the normed input can be had from the result: no weight below 1e-3, no bias above 8 weights, in size.
 
-    Reads both on the host, once for as long as they don't change.
+    Reads both on the host, once for as long as they don't change. Fake tensors have no values to read: True.
     """
     key = weight if weight is not None else bias
-    if key is None:
-        return True
+    if key is None or isinstance(key, FakeTensor):
+        return True  # memory is predicted for weights that divide, as trained ones do
     state = tuple(None if t is None else (id(t), t._version, t.data_ptr()) for t in (weight, bias))
     seen = _divisible.get(key)
     if seen is None or seen[0] != state:
@@ -37,7 +39,7 @@ def can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
         if bias is not None:
             undone = undone & (bias.detach().abs().float() <= LARGEST_BIAS * size).all()
         seen = _divisible[key] = (state, bool(undone))
-    return seen[1]
+    return bool(seen[1])
 
 
 def _check(name: str, x: Tensor) -> Tensor:
