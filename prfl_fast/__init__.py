@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prfl_fast.memory.plan import InfeasibleBudget, MemoryPlan
+    from prfl_fast.models.fused import fuse, unfuse
     from prfl_fast.reward import (
         LatentRewardModel,
         QueryAttentionPool,
@@ -41,9 +42,11 @@ _HOME = {
     "Tap": "prfl_fast.sampling.sample",
     "bradley_terry_loss": "prfl_fast.reward",
     "compare_gradients": "prfl_fast.sampling.compare",
+    "fuse": "prfl_fast.models.fused",
     "pipeline_inputs": "prfl_fast.sampling.pipeline_inputs",
     "reward_bce_loss": "prfl_fast.reward",
     "reward_feedback_loss": "prfl_fast.reward",
+    "unfuse": "prfl_fast.models.fused",
     "unrolled_sample": "prfl_fast.sampling.door",
 }
 
@@ -60,9 +63,11 @@ __all__ = [
     "Tap",
     "bradley_terry_loss",
     "compare_gradients",
+    "fuse",
     "pipeline_inputs",
     "reward_bce_loss",
     "reward_feedback_loss",
+    "unfuse",
     "unrolled_sample",
 ]
 

@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "doctor": {"_env", "exactness", "ops", ""},
     "compile": {"kernels"},
     "cli": {"compile", "demo", "doctor", ""},
-    "": {"memory", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
+    "": {"memory", "models", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 
 # What no import may bring: the extras, and what is slow to load and only needed by some functions.
