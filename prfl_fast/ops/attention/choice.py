@@ -6,10 +6,11 @@ from prfl_fast.ops import backends
 from prfl_fast.ops.attention.aten import CpuFlash, Cudnn, Efficient, Flash
 from prfl_fast.ops.attention.provider import Problem, Provider
 from prfl_fast.ops.attention.reference import Reference
+from prfl_fast.ops.attention.triton_provider import Triton
 
 # In the order in which they are taken where nothing was measured.
 PROVIDERS: dict[str, Provider] = {
-    provider.name: provider for provider in (Cudnn(), Flash(), Efficient(), CpuFlash(), Reference())
+    provider.name: provider for provider in (Cudnn(), Flash(), Efficient(), CpuFlash(), Triton(), Reference())
 }
 
 
