@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prfl_fast.models.fused.linears import is_plain
+from prfl_fast.models.fused.linears import is_plain, linears
 from prfl_fast.models.fused.values import Norm, Value, normed_value
 from prfl_fast.ops import gated_residual, gated_residual_norm
 from prfl_fast.ops.dtypes import NUMBERS
@@ -35,7 +35,7 @@ def gated_linear(
     """``residual + gate layers(value)`` ``[B, L, C]``: a projection (and its dropout) on its way back to the stream."""
     linear = _foldable(residual, source.value, layers, gate, segments)
     if linear is None:
-        return gated_residual(residual, _run(source.value, layers), gate, segments=segments)
+        return gated_residual(residual, _run(source, layers), gate, segments=segments)
     stream: Tensor = _fold(residual, source, linear, gate, None, None, None, segments)[0]
     return stream
 
@@ -55,7 +55,7 @@ def gated_linear_norm(
     if linear is not None:
         stream, normed = _fold(residual, source, linear, gate, norm, scale, shift, segments)
         return stream, normed_value(normed, stream, norm, scale, shift, segments)
-    return gated_norm(residual, _run(source.value, layers), gate, norm, scale, shift, segments)
+    return gated_norm(residual, _run(source, layers), gate, norm, scale, shift, segments)
 
 
 def gated_norm(
@@ -74,10 +74,12 @@ def gated_norm(
     return stream, normed_value(normed, stream, norm, scale, shift, segments)
 
 
-def _run(value: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-    for layer in layers:
-        value = layer(value)
-    return value
+def _run(source: Value, layers: Sequence[nn.Module]) -> Tensor:
+    first, *rest = layers
+    (y,) = linears(source, first)
+    for layer in rest:
+        y = layer(y)
+    return y
 
 
 def _foldable(
