@@ -1,7 +1,7 @@
 """Attention, forward: one tile of queries a program, its keys from first to last (arXiv 2205.14135, 2307.08691).
 
-Scores live in base 2: ``exp(x) = exp2(x log2(e))``, with log2(e) inside the scale. Products of the inputs' dtype (float32
-as it is, without TF32), sums in float32.
+Scores live in base 2: ``exp(x) = exp2(x log2(e))``, with log2(e) inside the scale. Products of the inputs' dtype
+(float32 as it is, without TF32), sums in float32.
 """
 
 from __future__ import annotations

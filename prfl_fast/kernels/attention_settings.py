@@ -71,8 +71,8 @@ DELTA_ROWS = 64
 ADDED = 1024
 
 _ALIKE = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
-# A run of queries of its own costs a program as much as so many queries more: its parts of dk and dv are written and read
-# in float32. From operation counts (8 a query, key and column) and copy rates, not measured.
+# A run of queries of its own costs a program as much as so many queries more: its parts of dk and dv are written and
+# read in float32. From operation counts (8 a query, key and column) and copy rates, not measured.
 _SPLIT_QUERIES = 256
 _MOST_SPLITS = 32
 # Programs per multiprocessor from which on one more wave is no loss worth the memory of the parts.
