@@ -42,8 +42,8 @@ _HALF: dict[tuple[int | str, int, str], AttentionLaunch] = {
     (90, 128, "dkdv"): AttentionLaunch(32, 128, 8, 3),
     (90, 128, "dq"): AttentionLaunch(128, 64, 8, 2),
     (90, 256, "forward"): AttentionLaunch(64, 64, 8, 2),
-    (90, 256, "dkdv"): AttentionLaunch(64, 64, 8, 1),
-    (90, 256, "dq"): AttentionLaunch(64, 64, 8, 1),
+    (90, 256, "dkdv"): AttentionLaunch(32, 32, 8, 2),
+    (90, 256, "dq"): AttentionLaunch(64, 32, 8, 2),
     (100, 64, "forward"): AttentionLaunch(128, 128, 8, 3),
     (100, 64, "dkdv"): AttentionLaunch(64, 128, 8, 2),
     (100, 64, "dq"): AttentionLaunch(128, 128, 8, 2),
@@ -64,7 +64,7 @@ _HALF: dict[tuple[int | str, int, str], AttentionLaunch] = {
     ("other", 256, "dq"): AttentionLaunch(32, 32, 8, 1),
 }
 # Products in float32 run outside the tensor cores, from registers.
-_SINGLE = {64: AttentionLaunch(32, 32, 8, 1), 128: AttentionLaunch(32, 32, 8, 1), 256: AttentionLaunch(16, 16, 8, 1)}
+_SINGLE = {64: AttentionLaunch(32, 32, 8, 1), 128: AttentionLaunch(16, 32, 8, 1), 256: AttentionLaunch(16, 16, 4, 1)}
 
 # Rows a program of the kernel that makes delta, elements a program of the one that adds the parts of a split.
 DELTA_ROWS = 64

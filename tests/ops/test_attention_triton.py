@@ -230,9 +230,7 @@ def test_number_of_splits() -> None:
     inputs = problem((1, 257, 31, 2, 64), torch.float32)
     q, k, v, d_out, d_lse = inputs
     out, lse = kernels().forward(q, k, v, 0.125)
-    made = {
-        splits: kernels().backward(d_out, q, k, v, out, lse, 0.125, d_lse, splits) for splits in (1, 2, 3, 9, 100)
-    }
+    made = {splits: kernels().backward(d_out, q, k, v, out, lse, 0.125, d_lse, splits) for splits in (1, 2, 3, 9, 100)}
     # Two orders of one float32 sum: each is off by at most (terms - 1) half an eps of the sum of its sizes. A query's
     # own term has the same bits in each, up to the order of its tile's products, one more sum of 64.
     q, k, v, d_out, out = (tensor.double().transpose(1, 2) for tensor in (q, k, v, d_out, out))
