@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prfl_fast.models.fused.linears import hooked, linears
-from prfl_fast.models.fused.values import Value, class_path, is_norm
-from prfl_fast.ops import attention
+from prfl_fast.models.fused.values import Value, class_path, is_norm, norm_of
+from prfl_fast.ops import attention, qk_norm_rope
 
 _remembered: Any = WeakTensorKeyDictionary()
 
@@ -42,22 +43,43 @@ def heads(attn: Any, tensor: Tensor) -> Tensor:
     return split
 
 
-def projections(attn: Any, own: Value, other: Value | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of ``own``, keys and values of ``other`` (None: of ``own``), ``[B, L, H, D]``; one product where
-    ``fuse_projections`` made one."""
-    fused = getattr(attn, "fused_projections", False)
-    if other is None and fused and hasattr(attn, "to_qkv"):
+def projections(
+    attn: Any, own: Value, other: Value | None = None, fused: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of ``own``, keys and values of ``other`` (None: of ``own``), ``[B, L, H, D]``.
+
+    ``fused``: the processor reads the one projection that ``fuse_projections`` made.
+    """
+    if other is None and fused:
         q, k, v = linears(own, attn.to_qkv)[0].chunk(3, dim=-1)
         v = v.contiguous()  # else the whole product would be kept for its values
     elif other is None:
         q, k, v = linears(own, attn.to_q, attn.to_k, attn.to_v)
     else:
         (q,) = linears(own, attn.to_q)
-        if fused and hasattr(attn, "to_kv"):
+        if fused:
             k, v = linears(other, attn.to_kv)[0].chunk(2, dim=-1)
         else:
             k, v = linears(other, attn.to_k, attn.to_v)
     return heads(attn, q), heads(attn, k), heads(attn, v)
+
+
+def norm_rope(
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    angles: tuple[Tensor, Tensor] | None = None,
+    *,
+    across_heads: bool,
+    rope_tokens: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`prfl_fast.ops.qk_norm_rope` with the attention's own norms; ``angles``: cosines and sines."""
+    q_norm, k_norm = norm_of(attn.norm_q), norm_of(attn.norm_k)
+    cos, sin = angles or (None, None)
+    return qk_norm_rope(
+        q, k, q_norm.weight, k_norm.weight, q_norm.bias, k_norm.bias, cos, sin, eps=q_norm.eps, kind=q_norm.kind,
+        across_heads=across_heads, rope_tokens=rope_tokens,
+    )  # fmt: skip
 
 
 def attend(
@@ -113,3 +135,50 @@ def remember(key: Tensor, name: str, make: Callable[[], Any]) -> Any:
     if name not in known or known[name][0] != version:
         known[name] = (version, make())
     return known[name][1]
+
+
+def pairs(tables: tuple[Tensor, Tensor] | None, shape: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines with one value per rotated pair, from tables in which each stands twice, side by side.
+
+    ``shape`` brings a table of half the width to ``[B or 1, L, H or 1, pairs]``.
+    """
+    if tables is None:
+        return None
+    cos, sin = tables
+    return (
+        remember(cos, "cos", lambda: shape(cos[..., 0::2]).contiguous()),
+        remember(sin, "sin", lambda: shape(sin[..., 1::2]).contiguous()),
+    )
+
+
+def valid_lengths(mask: Tensor | None, valid: Callable[[Tensor], Tensor | None]) -> tuple[list[int] | None, bool]:
+    """The keys that count per sample, from the front, where that says all that a mask says.
+
+    Args:
+        mask: as diffusers hands it to a block, or None.
+        valid: makes it ``[B, keys]``, true where a key counts, or None where it says more than that.
+
+    Returns:
+        Lengths (None: all keys), and whether the mask is needed after all: holes, or no value to read (a compiler, a
+        fake tensor). Read on the host, once a call.
+    """
+    if mask is None:
+        return None, False
+    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor):
+        return None, True
+    lengths: list[int] | None = remember(mask, "lengths", lambda: _read(valid(mask)))
+    if lengths is None:
+        return None, True
+    return (None if all(length < 0 for length in lengths) else lengths), False
+
+
+def _read(valid: Tensor | None) -> list[int] | None:
+    if valid is None:
+        return None
+    counts = valid.sum(1)
+    front = torch.arange(valid.shape[1], device=valid.device) < counts.unsqueeze(1)
+    *lengths, exact = torch.cat([counts, (front == valid).all().reshape(1).to(counts.dtype)]).tolist()
+    if not exact or min(lengths) < 1:
+        return None
+    # -1: nothing is cut off, and no one has to be told.
+    return [-1] * len(lengths) if min(lengths) == valid.shape[1] else lengths

@@ -31,10 +31,11 @@ def fuse(transformer: Model, *, only: Collection[str] | None = None) -> Model:
     """Let the transformer's blocks run on fused ops, forward and backward; in place.
 
     Outputs and gradients are those of the unfused transformer but for rounding, in fewer passes over memory and with
-    about half of it kept for the backward. ``state_dict``, saving and loading, LoRA (added before or after),
+    less of it kept for the backward. ``state_dict``, saving and loading, LoRA (added before or after),
     ``enable_gradient_checkpointing``, FSDP2's ``fully_shard`` and ``fuse_projections`` work as before. Families: Wan
-    2.1 and 2.2 (VACE too). Blocks of other classes stay as they are, and a warning says so. An attention with a
-    processor of the user's own stays as it is inside a fused block, with a warning. Fusing again does nothing.
+    2.1 and 2.2 (VACE too), HunyuanVideo, LTX-Video, CogVideoX. Blocks of other classes stay as they are, and a warning
+    says so. An attention with a processor of the user's own stays as it is inside a fused block, with a warning.
+    Fusing again does nothing.
 
     Fuse before ``enable_group_offload``, context parallelism and other hooks on blocks: they wrap the forward that they
     find. Hooks that are put on a norm, an attention or a feed-forward inside a block afterwards may not run: the block
@@ -63,7 +64,8 @@ def fuse(transformer: Model, *, only: Collection[str] | None = None) -> Model:
         _refuse_hooks(name, block)
     if not found:
         warnings.warn(
-            f"fuse: {type(inner).__name__} stays unfused: there is no fused block for it (families: Wan)",
+            f"fuse: {type(inner).__name__} stays unfused: there is no fused block for it (families: Wan, "
+            "HunyuanVideo, LTX-Video, CogVideoX)",
             stacklevel=2,
         )
     _tell_attentions(fresh)

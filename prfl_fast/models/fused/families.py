@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from prfl_fast.models.fused import wan
+from prfl_fast.models.fused import cogvideox, hunyuan_video, ltx, wan
 
 
 class Family(NamedTuple):
@@ -23,11 +23,24 @@ class Family(NamedTuple):
 
 
 _WAN = ("attn1", "attn2")
+_HUNYUAN = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideo"
+_DOUBLE = Family(hunyuan_video.double_block, ("attn",), hunyuan_video.PROCESSORS)
+_SINGLE = Family(hunyuan_video.single_block, ("attn",), hunyuan_video.PROCESSORS)
 
 # By the class path of the block.
 FAMILIES: dict[str, Family] = {
     "diffusers.models.transformers.transformer_wan.WanTransformerBlock": Family(wan.wan_block, _WAN, wan.PROCESSORS),
     "diffusers.models.transformers.transformer_wan_vace.WanVACETransformerBlock": Family(
         wan.wan_vace_block, _WAN, wan.PROCESSORS
+    ),
+    f"{_HUNYUAN}TransformerBlock": _DOUBLE,
+    f"{_HUNYUAN}TokenReplaceTransformerBlock": _DOUBLE,
+    f"{_HUNYUAN}SingleTransformerBlock": _SINGLE,
+    f"{_HUNYUAN}TokenReplaceSingleTransformerBlock": _SINGLE,
+    "diffusers.models.transformers.transformer_ltx.LTXVideoTransformerBlock": Family(
+        ltx.ltx_block, ("attn1", "attn2"), ltx.PROCESSORS
+    ),
+    "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock": Family(
+        cogvideox.cogvideox_block, ("attn1",), cogvideox.PROCESSORS
     ),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prfl_fast.models.fused.attend import attend, heads, projections, remember, why_unfused
+from prfl_fast.models.fused.attend import attend, heads, norm_rope, pairs, projections, why_unfused
 from prfl_fast.models.fused.branches import gated_linear, gated_linear_norm, gated_norm
 from prfl_fast.models.fused.feed_forward import feed_forward
 from prfl_fast.models.fused.values import Norm, Value, added, is_norm, modulated, norm_of
@@ -84,13 +84,13 @@ def _unfused(x: Tensor, y: Tensor, gate: Tensor, norm: Norm | None) -> tuple[Ten
 
 
 def _self_attention(attn: Any, normed: Value, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-    q, k, v = projections(attn, normed)
-    q_norm, k_norm = norm_of(attn.norm_q), norm_of(attn.norm_k)
-    # Each value stands twice, for both of its pair.
-    cos = remember(rotary_emb[0], "pairs", lambda: rotary_emb[0][..., 0::2].contiguous())
-    sin = remember(rotary_emb[1], "pairs", lambda: rotary_emb[1][..., 1::2].contiguous())
-    q, k = qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos=cos, sin=sin, eps=q_norm.eps)
+    q, k, v = projections(attn, normed, fused=_fused(attn))
+    q, k = norm_rope(attn, q, k, pairs(rotary_emb, lambda table: table), across_heads=True)
     return attend(attn.processor, q, k, v)
+
+
+def _fused(attn: Any) -> bool:
+    return bool(getattr(attn, "fused_projections", False))
 
 
 def _cross_attention(attn: Any, normed: Value, text: Tensor) -> Value:
@@ -98,13 +98,12 @@ def _cross_attention(attn: Any, normed: Value, text: Tensor) -> Value:
     if attn.add_k_proj is not None:
         images = text.shape[1] - _TEXT_TOKENS
         image, text = text[:, :images], text[:, images:]
-    q, k, v = projections(attn, normed, Value(text))
-    q_norm, k_norm = norm_of(attn.norm_q), norm_of(attn.norm_k)
-    q, k = qk_norm_rope(q, k, q_norm.weight, k_norm.weight, eps=q_norm.eps)
+    q, k, v = projections(attn, normed, Value(text), fused=_fused(attn))
+    q, k = norm_rope(attn, q, k, across_heads=True)
     out = attend(attn.processor, q, k, v, parallel=False)
     if image is None:
         return Value(out)
-    if getattr(attn, "fused_projections", False):
+    if _fused(attn):
         k, v = (heads(attn, part) for part in attn.to_added_kv(image).chunk(2, dim=-1))
     else:
         k, v = heads(attn, attn.add_k_proj(image)), heads(attn, attn.add_v_proj(image))
