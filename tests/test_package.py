@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "_env": set(),
     "kernels": set(),
     "_native": set(),  # compiled: csrc/native
-    "ops": {"kernels"},
+    "ops": {"_env", "kernels"},
     "solvers": {"ops"},
     "memory": {"ops", "_native"},
     "models": {"ops", "memory"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prfl_fast.ops.attention import attention
+from prfl_fast.ops.attention import attention, attention_provider
 from prfl_fast.ops.backends import backend
 from prfl_fast.ops.gated_residual import gated_residual, gated_residual_norm
 from prfl_fast.ops.modulated_norm import modulated_norm
@@ -13,6 +13,7 @@ from prfl_fast.ops.solver_step import StepCoefficients, solver_step, solver_step
 __all__ = [
     "StepCoefficients",
     "attention",
+    "attention_provider",
     "backend",
     "gated_residual",
     "gated_residual_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prfl_fast.ops.attention.choice import attention_provider
 from prfl_fast.ops.attention.op import attention
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_provider"]

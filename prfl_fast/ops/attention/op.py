@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from prfl_fast.ops.attention import registration as _registration  # noqa: F401 (registers the torch ops)
-from prfl_fast.ops.attention.choice import choose
-from prfl_fast.ops.attention.provider import Problem
+from prfl_fast.ops.attention.choice import names
 from prfl_fast.ops.dtypes import NUMBERS
 
 
@@ -44,6 +43,21 @@ def _read_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> list[int]:
     return values
 
 
+def _read_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    return float(scale)
+
+
+def _as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of autocast, where it is on, as torch's own attention; float64 stays."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    made = [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)]
+    return made[0], made[1], made[2]
+
+
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., kv_lengths: Tensor | Sequence[int] | None = ...,
@@ -68,37 +82,41 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` by the best kernel that is there, its log-sum-exp beside it (arXiv 2205.14135).
+    """``softmax(scale q k^T) v`` by the fastest kernel that is there, its log-sum-exp beside it (arXiv 2205.14135).
+
+    On a GPU the installed kernels are tried when a kind of problem is met first (about a second, once a machine);
+    :func:`prfl_fast.ops.attention_provider` names one instead, ``prfl-fast doctor`` shows them and what was measured.
 
     The op is ``prfl_fast::attention``: a selective checkpoint policy that keeps it keeps output and log-sum-exp, and
     its backward takes them, so that recomputation runs no attention again. Differentiable once.
 
     Args:
-        q: ``[B, Lq, H, D]``, any float dtype and strides.
+        q: ``[B, Lq, H, D]``, any float dtype and strides. Under autocast all three are cast, as by torch's own.
         k: ``[B, Lk, H, D]``, Lk at least 1.
         v: ``[B, Lk, H, D]``.
         scale: of the scores; ``D ** -0.5`` by default.
         kv_lengths: ``[B]`` integers, the keys that count per sample, from the front; what lies behind is never read and
             has gradients of zero. Read on the host: give a list or a CPU tensor to avoid a synchronisation.
-        deterministic: the backward gives the same bits in every run.
+        deterministic: the backward gives the same bits in every run; so under torch.use_deterministic_algorithms.
         return_lse: also give the log-sum-exp of the scaled scores (natural logarithm).
 
     Returns:
         ``[B, Lq, H, D]`` in the dtype of ``q``; with ``return_lse`` also ``[B, H, Lq]``, float32 (float64 for float64).
 
     Raises:
-        ValueError: wrong shapes, devices or lengths.
+        ValueError: wrong shapes, devices, lengths or scale.
         TypeError: wrong dtypes.
+        RuntimeError: the kernels that were named can't run this.
     """
+    q, k, v = _as_autocast(q, k, v)
     _check(q, k, v)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else _read_scale(scale)
     lengths = None if kv_lengths is None else _read_lengths(kv_lengths, k)
-    if lengths is not None and len(set(lengths)) == 1:
+    if lengths is not None and len(set(lengths)) <= 1:
         # One slice, and its gradient's padding, for all.
-        k, v = k[:, : lengths[0]], v[:, : lengths[0]]
-        lengths = None
-    problem = Problem.of(q, k, deterministic)
-    out, lse = torch.ops.prfl_fast.attention(
-        q, k, v, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale), lengths, deterministic,
-        choose(problem, backward=False), choose(problem, backward=True),
-    )  # fmt: skip
+        length = lengths[0] if lengths else k.shape[1]
+        k, v, lengths = k[:, :length], v[:, :length], None
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    forward, backward = names(q, k, deterministic)
+    out, lse = torch.ops.prfl_fast.attention(q, k, v, scale, lengths, deterministic, forward, backward)
     return (out, lse) if return_lse else out

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Which of the gradients of q, k and v are wanted.
+Needed = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,6 +32,11 @@ class Problem:
         batch, queries, heads, head_dim = q.shape
         return cls(q.device, q.dtype, batch, queries, k.shape[1], heads, head_dim, deterministic)
 
+    @property
+    def empty(self) -> bool:
+        """True where there is nothing to compute."""
+        return not (self.batch and self.queries and self.keys and self.heads)
+
 
 class Provider(ABC):
     """One family of kernels. Every backward takes every forward's output and log-sum-exp: natural logarithm,
@@ -39,13 +48,17 @@ class Provider(ABC):
 
     name: str
 
+    def missing(self) -> str | None:
+        """Why it is not there, whatever the problem; None where it is installed."""
+        return None
+
     @abstractmethod
     def why_not(self, problem: Problem, *, backward: bool) -> str | None:
         """Why it can't run the problem, in a few words; None where it can."""
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output ``[B, Lq, H, D]`` and log-sum-exp."""
+        """Output ``[B, Lq, H, D]`` and log-sum-exp, in any strides."""
 
     @abstractmethod
     def backward(
@@ -61,6 +74,23 @@ class Provider(ABC):
         deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their dtypes. ``d_lse`` is None for those without ``takes_d_lse``."""
+
+    def some_gradients(
+        self,
+        needed: Needed,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        d_lse: Tensor | None,
+        deterministic: bool,
+    ) -> Gradients:
+        """The needed gradients, None for others. For kernels that give all at once: what is not needed is dropped."""
+        dq, dk, dv = self.backward(d_out, q, k, v, out, lse, scale, d_lse, deterministic)
+        return dq if needed[0] else None, dk if needed[1] else None, dv if needed[2] else None
 
     @property
     def takes_d_lse(self) -> bool:

@@ -6,24 +6,27 @@ kernel needs a mask.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prfl_fast.ops.attention.choice import PROVIDERS
+from prfl_fast.ops.attention.choice import PROVIDERS, UNDECIDED, choose, first_for_d_lse
+from prfl_fast.ops.attention.provider import Problem
 from prfl_fast.ops.rows.reference import compute_dtype
 
 _library = torch.library.Library("prfl_fast", "FRAGMENT")  # noqa: TOR901 (it has to live as long as the process)
 
+# Providers that are not named are chosen when the op runs. Of a gradient's op as many tensors come back as are needed.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, float scale, int[]? kv_lengths, bool deterministic, str forward, "
     "str backward) -> (Tensor, Tensor)"
 )
 _library.define(
     "attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "float scale, int[]? kv_lengths, bool deterministic, str backward) -> (Tensor, Tensor, Tensor)"
+    "float scale, int[]? kv_lengths, bool deterministic, bool[] needed, str backward) -> Tensor[]"
 )
 
 
@@ -37,12 +40,13 @@ def _forward(
     forward: str,
     backward: str,
 ) -> tuple[Tensor, Tensor]:
+    if forward == UNDECIDED:
+        forward = choose(Problem.of(q, k, deterministic), backward=False)
     run = PROVIDERS[forward].forward
     if kv_lengths is None:
-        return run(q, k, v, scale)
-    parts = [
-        run(q[i : i + 1], k[i : i + 1, :count], v[i : i + 1, :count], scale) for i, count in enumerate(kv_lengths)
-    ]
+        out, lse = run(q, k, v, scale)
+        return out.contiguous(), lse.contiguous()
+    parts = [run(q[i : i + 1], k[i : i + 1, :count], v[i : i + 1, :count], scale) for i, count in enumerate(kv_lengths)]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -57,22 +61,49 @@ def _backward(
     scale: float,
     kv_lengths: Sequence[int] | None,
     deterministic: bool,
+    needed: Sequence[bool],
     backward: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = PROVIDERS[backward].backward
+) -> list[Tensor]:
+    problem = Problem.of(q, k, deterministic)
+    if backward == UNDECIDED:
+        backward = choose(problem, backward=True)
+    if d_lse is not None and not PROVIDERS[backward].takes_d_lse:
+        instead = first_for_d_lse(problem)
+        _announce(backward, instead)
+        backward = instead
+    wanted = (needed[0], needed[1], needed[2])
+    run = PROVIDERS[backward].some_gradients
     if kv_lengths is None:
-        return run(d_out, q, k, v, out, lse, scale, d_lse, deterministic)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        made = run(wanted, d_out, q, k, v, out, lse, scale, d_lse, deterministic)
+        return [gradient.contiguous() for gradient in made if gradient is not None]
     # Keys behind a sample's own are not looked at: their gradients are zero.
-    dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    whole = [
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if flag else None
+        for t, flag in zip((q, k, v), wanted, strict=True)
+    ]
     for i, count in enumerate(kv_lengths):
         one = slice(i, i + 1)
-        dq[one], dk[one, :count], dv[one, :count] = run(
-            d_out[one], q[one], k[one, :count], v[one, :count], out[one], lse[one], scale,
+        parts = run(
+            wanted, d_out[one], q[one], k[one, :count], v[one, :count], out[one], lse[one], scale,
             None if d_lse is None else d_lse[one], deterministic,
         )  # fmt: skip
-    return dq, dk, dv
+        for total, part in zip(whole, parts, strict=True):
+            if total is not None and part is not None:
+                total[one, : part.shape[1]] = part
+    return [gradient for gradient in whole if gradient is not None]
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def _announce(chosen: str, instead: str) -> None:
+    if (chosen, instead) not in _announced:
+        _announced.add((chosen, instead))
+        warnings.warn(
+            f"attention: a gradient reaches the log-sum-exp, which the backward of {chosen} does not take: "
+            f"{instead} runs instead, and may be slower",
+            stacklevel=2,
+        )
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -82,10 +113,22 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 def _fake_backward(
-    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return dq, dk, dv
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kv_lengths: Sequence[int] | None,
+    deterministic: bool,
+    needed: Sequence[bool],
+    backward: str,
+) -> list[Tensor]:
+    return [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, flag in zip((q, k, v), needed, strict=True) if flag
+    ]
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -95,16 +138,18 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) ->
 
 
 def _derivative(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-    into: tuple[Tensor | None, ...] = (None, None, None)
-    if d_out is not None or d_lse is not None:
+    needed = list(ctx.needs_input_grad[:3])
+    into: list[Tensor | None] = [None, None, None]
+    if any(needed) and (d_out is not None or d_lse is not None):
         q, k, v, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        name = ctx.backward_name
-        if d_lse is not None and not PROVIDERS[name].takes_d_lse:
-            name = "reference"
-        into = torch.ops.prfl_fast.attention_backward(
-            d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.kv_lengths, ctx.deterministic, name
-        )
+        made = iter(
+            torch.ops.prfl_fast.attention_backward(
+                d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.kv_lengths, ctx.deterministic, needed,
+                ctx.backward_name,
+            )
+        )  # fmt: skip
+        into = [next(made) if flag else None for flag in needed]
     return (*into, None, None, None, None, None)
 
 
