@@ -22,6 +22,7 @@ import prfl_fast
 from prfl_fast._env import variables_worth_showing
 from prfl_fast.exactness import GradientCheck, check_gradients
 from prfl_fast.ops import library
+from prfl_fast.ops.attention import choice
 
 # Distribution, import name, extra that brings it, what is lost without it.
 _OPTIONAL = (
@@ -61,6 +62,8 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     gradients: GradientCheck | None = None
+    attention: dict[str, str] = field(default_factory=dict)
+    attention_measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -81,6 +84,7 @@ def examine(*, gradients: bool = False, model: str | Path | None = None) -> Find
         warnings.simplefilter("always")
         for name in prfl_fast.__all__:
             getattr(prfl_fast, name)  # imports every room: a fallback taken at import time is announced here
+        measured = choice.rankings()  # a broken file of them is announced here
         if gradients:
             check = check_gradients(model)
     ours = str(Path(prfl_fast.__file__).parent)
@@ -93,8 +97,9 @@ def examine(*, gradients: bool = False, model: str | Path | None = None) -> Find
             " torch's SDPA"
         )
     return Findings(
-        _versions(cudnn), _devices(), packages, variables_worth_showing(), _compiled(), problems, notices, check
-    )
+        _versions(cudnn), _devices(), packages, variables_worth_showing(), _compiled(), problems, notices, check,
+        choice.installed(), measured,
+    )  # fmt: skip
 
 
 def render(findings: Findings) -> str:
@@ -111,12 +116,22 @@ def render(findings: Findings) -> str:
             continue
         remedy = f"; pip install 'prfl-fast[{package.extra}]'" if package.extra else ""
         lines.append(f"  {package.name:<13} missing: {package.cost}{remedy}")
+    lines += ["", "attention kernels, in the order in which they are taken where nothing was measured"]
+    lines += [f"  {name:<15} {state}" for name, state in findings.attention.items()]
+    lines += ["", "attention kernels by measurement, fastest first"]
+    lines += [line for measured in findings.attention_measured.items() for line in _ranking(*measured)] or ["  none"]
     lines += ["", "fallbacks and warnings announced so far"]
     lines += [f"  {notice}" for notice in findings.notices] or ["  none"]
     lines += [f"PROBLEM: {problem}" for problem in findings.problems]
     if findings.gradients is not None:
         lines += ["", findings.gradients.render()]
     return "\n".join(lines)
+
+
+def _ranking(bucket: str, entry: dict[str, Any]) -> list[str]:
+    times = entry["microseconds"]
+    order = [f"{name} {times[name]} us" if name in times else name for name in entry["order"]]
+    return [f"  {bucket}: {', '.join(order) or 'none'}", *(f"    {n} {why}" for n, why in entry["wrong"].items())]
 
 
 def to_json(findings: Findings) -> str:

@@ -83,7 +83,8 @@ def backward(
     d_lse: Tensor | None = None,
     splits: int | None = None,
     chip: Chip | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needed: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v; the same bits in every run on one kind of device.
 
     Args:
@@ -98,51 +99,58 @@ def backward(
         splits: runs of queries that dk and dv are summed over apart; by default as many as fill the device. Their
             sums differ in the last bits of float32 from those of another number.
         chip: the device to be laid out for, that of the tensors by default.
+        needed: which of the gradients of q, k and v; those of k and v come from one kernel.
 
     Returns:
-        Gradients, contiguous, in the dtypes of q, k and v.
+        Gradients, contiguous, in the dtypes of q, k and v; None for those that are not needed.
     """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     q, k, v, out, d_out = _readable(q), _readable(k), _readable(v), _readable(out), _readable(d_out)
     lse = lse.contiguous()
+    if d_lse is not None:
+        d_lse = d_lse.to(torch.float32).contiguous()
     delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     tile = {"D": dim, "COLUMNS": _columns(dim)}
-    chip = chip or _chip_of(q)
-    by_keys = settings(chip, dim, q.element_size(), "dkdv")
-    by_queries = settings(chip, dim, q.element_size(), "dq")
-    programs = triton.cdiv(keys, by_keys.block_n) * batch * heads
-    most = triton.cdiv(queries, by_keys.block_m)
-    if splits is None:
-        splits = splits_for(chip, programs, queries)
-    per_split = triton.cdiv(most, min(splits, most)) * by_keys.block_m
-    splits = triton.cdiv(queries, per_split)
-    part_k, part_v = dk, dv
-    if splits > 1:
-        part_k, part_v = (torch.empty(splits, *k.shape, dtype=torch.float32, device=k.device) for _ in "kv")
+    tensors = (q, k, v, d_out, lse, delta)
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], d_out.stride()[:3])
+    chip = chip or _chip_of(q)
+    dq = dk = dv = None
     with torch.cuda.device_of(q):
         attention_delta_kernel[(triton.cdiv(queries, DELTA_ROWS) * batch * heads,)](
-            out, d_out, None if d_lse is None else d_lse.contiguous(), delta, out.stride()[:3], d_out.stride()[:3],
+            out, d_out, d_lse, delta, out.stride()[:3], d_out.stride()[:3],
             queries, heads, **tile, BLOCK_M=DELTA_ROWS, HAS_D_LSE=d_lse is not None, num_warps=4,
         )  # fmt: skip
-        attention_dkdv_kernel[(programs, splits)](
-            q, k, v, d_out, lse, delta, part_k, part_v, *strides, queries, keys, heads, batch, per_split,
-            scale, scale * _LOG2_E, **tile, BLOCK_M=by_keys.block_m, BLOCK_N=by_keys.block_n,
-            num_warps=by_keys.num_warps, num_stages=by_keys.num_stages,
-        )  # fmt: skip
-        attention_dq_kernel[(triton.cdiv(queries, by_queries.block_m) * batch * heads,)](
-            q, k, v, d_out, lse, delta, dq, *strides, queries, keys, heads,
-            scale, scale * _LOG2_E, **tile, BLOCK_M=by_queries.block_m, BLOCK_N=by_queries.block_n,
-            num_warps=by_queries.num_warps, num_stages=by_queries.num_stages,
-        )  # fmt: skip
-        if splits > 1:
-            for parts, total in ((part_k, dk), (part_v, dv)):
-                attention_add_kernel[(triton.cdiv(total.numel(), ADDED),)](
-                    parts, total, total.numel(), splits, BLOCK=ADDED, num_warps=4
-                )
-    return dq, dk, dv
+        if needed[0]:
+            dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            launch = settings(chip, dim, q.element_size(), "dq")
+            attention_dq_kernel[(triton.cdiv(queries, launch.block_m) * batch * heads,)](
+                *tensors, dq, *strides, queries, keys, heads, scale, scale * _LOG2_E,
+                **tile, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )  # fmt: skip
+        if needed[1] or needed[2]:
+            dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv")
+            launch = settings(chip, dim, q.element_size(), "dkdv")
+            programs = triton.cdiv(keys, launch.block_n) * batch * heads
+            tiles = triton.cdiv(queries, launch.block_m)
+            splits = min(splits_for(chip, programs, queries) if splits is None else splits, tiles)
+            per_split = triton.cdiv(tiles, splits) * launch.block_m
+            splits = triton.cdiv(queries, per_split)
+            parts = (dk, dv)
+            if splits > 1:
+                parts = tuple(torch.empty(splits, *k.shape, dtype=torch.float32, device=k.device) for _ in "kv")
+            attention_dkdv_kernel[(programs, splits)](
+                *tensors, *parts, *strides, queries, keys, heads, batch, per_split, scale, scale * _LOG2_E,
+                **tile, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )  # fmt: skip
+            if splits > 1:
+                for part, total in zip(parts, (dk, dv), strict=True):
+                    attention_add_kernel[(triton.cdiv(total.numel(), ADDED),)](
+                        part, total, total.numel(), splits, BLOCK=ADDED, num_warps=4
+                    )
+    return dq, dk if needed[1] else None, dv if needed[2] else None
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,4 @@ def production(architecture: int) -> Iterator[Launch]:
             scale = model.dim**-0.5
             label = f"{model.name} {model.heads}x{model.dim} {name}"
             yield Launch("attention", f"{label} forward", partial(forward, q, k, k, scale, chip))
-            yield Launch(
-                "attention", f"{label} backward", partial(backward, q, q, k, k, q, lse, scale, None, None, chip)
-            )
+            yield Launch("attention", f"{label} backward", partial(backward, q, q, k, k, q, lse, scale, chip=chip))

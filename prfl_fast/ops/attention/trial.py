@@ -179,7 +179,7 @@ def _first_right(
         _admit(one.name, _bind(one.forward, q, k, v, scale), error_of, work, {})
         if work:
             out, lse = made[0]
-            return out, lse
+            return out.contiguous(), lse.contiguous()  # as the op hands them on
     return None
 
 
