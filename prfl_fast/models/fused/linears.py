@@ -1,8 +1,8 @@
 """Linears on a value that is computed again in the backward.
 
 An autograd function with written formulas: no nested autograd, so that FSDP2 sees every gradient. It stands in for
-plain ``nn.Linear`` only; any other module (LoRA, quantised, hooked, sharded by itself) is called as a module, and
-autograd keeps what it always keeps.
+plain ``nn.Linear`` and for peft's plain LoRA on one; any other module (quantised, hooked, sharded by itself) is called
+as a module, and autograd keeps what it always keeps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from prfl_fast.models.fused.values import Value
+from prfl_fast.models.fused.values import Value, class_path
 
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LORA = "peft.tuners.lora.layer.Linear"
 
 
 def hooked(module: nn.Module) -> bool:
@@ -30,41 +31,90 @@ def hooked(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module, value: Tensor) -> bool:
     """True where calling the module is one product in the value's dtype, and its backward is ours to write."""
-    if type(module) is not nn.Linear or hooked(module):
-        return False
-    weight = module.weight
     return (
-        type(weight) in _PLAIN
-        and weight.dtype == value.dtype
+        _is_product(module)
+        and module.weight.dtype == value.dtype
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled(value.device.type)
     )
 
 
+def _is_product(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not hooked(module) and type(module.weight) in _PLAIN
+
+
+def _adapters(module: Any, value: Tensor) -> list[tuple[nn.Linear, nn.Module, float]] | None:
+    """(A, B, scaling) of each active adapter of a LoRA layer whose forward is ``W v + b + sum scaling B A v``."""
+    if class_path(type(module)) != _LORA or hooked(module) or not is_plain(module.base_layer, value):
+        return None
+    if module.disable_adapters or module.merged or not getattr(module, "cast_input_dtype_enabled", True):
+        return None
+    found = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, dropout = module.lora_A[name], module.lora_dropout[name]
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        if drops or not isinstance(dropout, (nn.Identity, nn.Dropout)) or not _is_product(a):
+            return None
+        if name in getattr(module, "lora_variant", (name,)):  # DoRA and its like
+            return None
+        found.append((a, module.lora_B[name], module.scaling[name]))
+    return found
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
 def linears(source: Value, *modules: nn.Module) -> list[Tensor]:
     """The outputs ``[B, L, out]`` of several linears on one value, which is computed once more in the backward."""
-    plain = [module for module in modules if is_plain(module, source.value)]
-    if source.formula is None or not plain:
-        return [module(source.value) for module in modules]
-    parameters = [p for module in plain for p in (module.weight, module.bias)]
-    sources = [None if t is None else t.detach() for t in source.sources]
+    value = source.value
+    lora = {id(module): found for module in modules if (found := _adapters(module, value)) is not None}
+    formula, sources = source.formula, source.sources
+    if formula is None:
+        if not lora:
+            return [module(value) for module in modules]
+        # The value is kept by whoever made it; peft's copies of it in the adapters' dtype need not be.
+        formula, sources = _itself, (value,)
+    products: list[nn.Module] = []
+    for module in modules:
+        if id(module) in lora:
+            products += [getattr(module, "base_layer"), *(a for a, _, _ in lora[id(module)])]  # noqa: B009 (typed Any)
+        elif is_plain(module, value):
+            products.append(module)
+    if not products:
+        return [module(value) for module in modules]
+    parameters = [parameter for module in products for parameter in (module.weight, module.bias)]
     apply: Any = _Linears.apply
-    made = iter(apply(source.formula, len(sources), source.value, *sources, *parameters))
-    return [next(made) if module in plain else module(source.value) for module in modules]
+    detached = [None if t is None else t.detach() for t in sources]
+    made = iter(apply(formula, len(detached), value, *detached, *parameters))
+    outputs: list[Tensor] = []
+    for module in modules:
+        if id(module) in lora:
+            base: Tensor = next(made)
+            result = base
+            for _, b, scaling in lora[id(module)]:
+                result = result + b(next(made)) * scaling
+            outputs.append(result.to(base.dtype))
+        else:
+            outputs.append(next(made) if any(module is product for product in products) else module(value))
+    return outputs
 
 
 class _Linears(torch.autograd.Function):
-    """``value W_i^T + b_i`` for each i; keeps the sources of the value where a weight wants its gradient."""
+    """``value W_i^T + b_i`` for each i, in the weight's dtype; keeps the sources of the value where a weight wants its
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, formula: Callable[..., Tensor], count: int, value: Tensor, *tensors: Any) -> Any:
         sources, parameters = tensors[:count], tensors[count:]
-        pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
+        weights, biases = parameters[::2], parameters[1::2]
         ctx.set_materialize_grads(False)
-        ctx.formula, ctx.count = formula, count
+        ctx.formula, ctx.count, ctx.dtype = formula, count, value.dtype
         needs_value = any(ctx.needs_input_grad[3 + count :: 2])
-        ctx.save_for_backward(*(sources if needs_value else [None] * count), *parameters[::2])
-        return tuple(F.linear(value, weight, bias) for weight, bias in pairs)
+        ctx.save_for_backward(*(sources if needs_value else [None] * count), *weights)
+        return tuple(F.linear(value.to(w.dtype), w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -81,13 +131,13 @@ class _Linears(torch.autograd.Function):
                 continue
             rows = d.reshape(-1, d.shape[-1])
             if wants_weight and value is None:
-                made: Tensor = ctx.formula(*sources)
-                value = made.reshape(-1, made.shape[-1])
-            into.append(rows.mT @ value if wants_weight and value is not None else None)
+                value = ctx.formula(*sources).flatten(0, -2)
+            into.append(rows.mT @ value.to(weight.dtype) if wants_weight and value is not None else None)
             into.append(rows.sum(0) if wants_bias else None)
             if needed[2]:
-                if into_value is None:
-                    into_value = rows @ weight
+                if into_value is None or weight.dtype != ctx.dtype:
+                    share = (rows @ weight).to(ctx.dtype)
+                    into_value = share if into_value is None else into_value + share
                 else:
                     into_value = torch.addmm(into_value, rows, weight)
         if into_value is not None:
