@@ -29,7 +29,7 @@ _HALF: dict[tuple[int | str, int, str], AttentionLaunch] = {
     (80, 64, "forward"): AttentionLaunch(128, 64, 4, 3),
     (80, 64, "dkdv"): AttentionLaunch(64, 128, 8, 2),
     (80, 64, "dq"): AttentionLaunch(128, 64, 8, 3),
-    (80, 128, "forward"): AttentionLaunch(128, 64, 8, 2),
+    (80, 128, "forward"): AttentionLaunch(128, 32, 8, 3),
     (80, 128, "dkdv"): AttentionLaunch(64, 64, 8, 2),
     (80, 128, "dq"): AttentionLaunch(128, 32, 8, 3),
     (80, 256, "forward"): AttentionLaunch(64, 32, 8, 2),

@@ -14,9 +14,10 @@ from plainerror import assert_as_exact
 from torch import Tensor
 from tritononcpu import poisoned, watched
 
-from prfl_fast.ops.attention import choice, registration  # noqa: F401 (registers the torch ops)
+from prfl_fast.ops.attention import attention, choice
 from prfl_fast.ops.attention.provider import Problem
 from prfl_fast.ops.attention.reference import Reference
+from prfl_fast.ops.backends import backend
 
 interpreted = pytest.mark.interpreter
 TRITON = choice.PROVIDERS["triton"]
@@ -66,7 +67,7 @@ def by_autograd(inputs: list[Tensor], scale: float, dtype: torch.dtype) -> list[
     """Output, log-sum-exp, gradients of q, k and v."""
     q, k, v, d_out, d_lse = (tensor.to(dtype) for tensor in inputs)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    out, lse = written_out(*leaves, scale)
+    out, lse = written_out(leaves[0], leaves[1], leaves[2], scale)
     gradients = torch.autograd.grad([out, lse], leaves, [d_out, d_lse])
     return [out.detach(), lse.detach(), *gradients]
 
@@ -88,7 +89,7 @@ def plain_run(inputs: list[Tensor], scale: float) -> list[Tensor]:
 def run(inputs: list[Tensor], scale: float, splits: int | None = None) -> list[Tensor]:
     q, k, v, d_out, d_lse = inputs
     out, lse = kernels().forward(q, k, v, scale)
-    return [out, lse, *kernels().backward(d_out, q, k, v, out, lse, scale, d_lse, splits)]
+    return [out, lse, *kernels().backward(d_out, q, k, v, out, lse, scale, d_lse, splits=splits)]
 
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -111,7 +112,10 @@ def test_equals_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         actual = run(inputs, scale, splits=2)
     check(actual, inputs, scale)
     assert set(watch.launches) >= {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
-    assert ("attention_add_kernel" in watch.launches) == (shape[1] > 32)  # one tile of queries can't be split
+    from prfl_fast.kernels.attention_settings import Chip, settings
+
+    tile = settings(Chip(0, 1), shape[-1], dtype.itemsize, "dkdv").block_m
+    assert ("attention_add_kernel" in watch.launches) == (shape[1] > tile)  # one tile of queries can't be split
     for argument in watch.select("out", "dq", "dk", "dv", "lse", "delta"):
         if argument.writes.any():
             assert (argument.writes[argument.given] == 1).all(), "written once, all of it"
@@ -147,9 +151,9 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """The op with its kernels named."""
-    made: tuple[Tensor, Tensor] = torch.ops.prfl_fast.attention(q, k, v, scale, lengths, True, "triton", "triton")
-    return made
+    """The public op on these kernels."""
+    with backend("triton"):
+        return attention(q, k, v, scale=scale, kv_lengths=lengths, return_lse=True)
 
 
 @interpreted
@@ -158,7 +162,7 @@ def test_lengths_of_keys() -> None:
     lengths = [40, 7]
     k[1, 7:], v[1, 7:] = float("nan"), float("nan")
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    out, lse = attend(*leaves, 0.2, lengths)
+    out, lse = attend(leaves[0], leaves[1], leaves[2], 0.2, lengths)
     dq, dk, dv = torch.autograd.grad([out, lse], leaves, [d_out, d_lse])
     for i, count in enumerate(lengths):
         one = slice(i, i + 1)
@@ -171,9 +175,9 @@ def test_lengths_of_keys() -> None:
 def test_gradient_of_the_log_sum_exp_alone() -> None:
     q, k, v, _, d_lse = problem((1, 33, 40, 2, 40), torch.float32)
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k)]
-    refuse = mock.patch.object(Reference, "backward", side_effect=AssertionError("the reference was asked"))
+    refuse = mock.patch.object(Reference, "some_gradients", side_effect=AssertionError("the reference was asked"))
     with refuse:
-        gradients = torch.autograd.grad(attend(*leaves, v, 0.2)[1], leaves, d_lse)
+        gradients = torch.autograd.grad(attend(leaves[0], leaves[1], v, 0.2)[1], leaves, d_lse)
     inputs = [q, k, v, torch.zeros_like(q), d_lse]
     plain, exact = plain_run(inputs, 0.2), by_autograd(inputs, 0.2, torch.float64)
     for ours, near, right in zip(gradients, plain[2:4], exact[2:4], strict=True):
@@ -189,6 +193,21 @@ def test_backward_of_another_forward() -> None:
     plain, exact = plain_run(inputs, 0.125), by_autograd(inputs, 0.125, torch.float64)
     for name, ours, near, right in zip(NAMES[2:], gradients, plain[2:], exact[2:], strict=True):
         assert_as_exact(ours, near, right, name)
+
+
+@interpreted
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_gradients_that_nobody_needs(needed: tuple[bool, bool, bool]) -> None:
+    q, k, v, d_out, d_lse = problem((1, 33, 40, 1, 40), torch.float16)
+    out, lse = kernels().forward(q, k, v, 0.2)
+    rest = (d_out, q, k, v, out, lse, 0.2, d_lse, True)
+    with watched() as watch:
+        some = TRITON.some_gradients(needed, *rest)
+    for flag, one, right in zip(needed, some, TRITON.backward(*rest), strict=True):
+        assert (one is None) != flag
+        assert one is None or torch.equal(one, right)
+    assert ("attention_dq_kernel" in watch.launches) == needed[0]
+    assert ("attention_dkdv_kernel" in watch.launches) == any(needed[1:])
 
 
 @interpreted
@@ -230,7 +249,10 @@ def test_number_of_splits() -> None:
     inputs = problem((1, 257, 31, 2, 64), torch.float32)
     q, k, v, d_out, d_lse = inputs
     out, lse = kernels().forward(q, k, v, 0.125)
-    made = {splits: kernels().backward(d_out, q, k, v, out, lse, 0.125, d_lse, splits) for splits in (1, 2, 3, 9, 100)}
+    made = {
+        splits: kernels().backward(d_out, q, k, v, out, lse, 0.125, d_lse, splits=splits)
+        for splits in (1, 2, 3, 9, 100)
+    }
     # Two orders of one float32 sum: each is off by at most (terms - 1) half an eps of the sum of its sizes. A query's
     # own term has the same bits in each, up to the order of its tile's products, one more sum of 64.
     q, k, v, d_out, out = (tensor.double().transpose(1, 2) for tensor in (q, k, v, d_out, out))
@@ -325,7 +347,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from prfl_fast.ops.attention import triton_provider
 
     monkeypatch.setattr(triton_provider, "_INSTALLED", False)
-    assert TRITON.why_not(asked(), backward=True) == "triton is not installed (pip install triton)"
+    assert TRITON.missing() == "triton is not installed (pip install triton)"
 
 
 @pytest.mark.parametrize(("heads", "keys", "queries"), [(12, 512, 32760), (24, 512, 32760), (40, 512, 75600)])
