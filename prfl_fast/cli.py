@@ -66,7 +66,7 @@ def compile_kernels(options: argparse.Namespace) -> int:
     given = {"architectures": options.arch} if options.arch is not None else {}
     result = compiling.compile_kernels(ops=options.op, report=options.report, **given)
     print(compiling.summary(result))
-    return EXIT_FAILED if any(row["stack"] for row in result["kernels"]) else 0
+    return EXIT_FAILED if compiling.spilling(result) else 0
 
 
 def _names(text: str) -> list[str]:

@@ -14,6 +14,10 @@ from tqdm import tqdm
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
+# To fit one more block on a multiprocessor the assembler parks a word at the beginning of a program and fetches it at
+# the end: one write and one read of the stack, which cost nothing. More than that is spilled in a loop.
+PARKED = 2
+
 
 def compile_kernels(
     architectures: Sequence[str] = tuple(ARCHITECTURES),
@@ -80,9 +84,13 @@ def summary(result: dict[str, Any]) -> str:
             f"{sum(row['copies'].values()):8}{row['seconds']:9.2f}  {row['kernel']}, {row['launches'][0]}"
             + (f" and {more} more" if more else "")
         )
-    spilling = sum(row["stack"] > 0 for row in result["kernels"])
-    lines.append(f"{len(result['kernels'])} kernels by Triton {result['triton']}, {spilling} with a stack")
+    lines.append(f"{len(result['kernels'])} kernels by Triton {result['triton']}, {len(spilling(result))} spill registers")
     return "\n".join(lines)
+
+
+def spilling(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of kernels that keep more on the stack than a word for the length of a program."""
+    return [row for row in result["kernels"] if row["spills"] > PARKED]
 
 
 def _jobs(

@@ -29,6 +29,7 @@ class Compiled:
         kernel: the kernel's function.
         registers: of a thread.
         stack: bytes of a thread; spilled registers are there.
+        spills: reads and writes of the stack.
         shared: bytes of shared memory of a block.
         warps: of a block.
         loads: global loads by width in bits, ``{"128": 12, ...}``, copies to shared memory left out.
@@ -41,6 +42,7 @@ class Compiled:
     kernel: str
     registers: int
     stack: int
+    spills: int
     shared: int
     warps: int
     loads: dict[str, int]
@@ -121,6 +123,7 @@ def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]
         kernel=source.name,
         registers=registers,
         stack=stack,
+        spills=sum(name.split(".")[0] in ("LDL", "STL") for name in opcodes),
         shared=max(static, made.metadata.shared),
         warps=made.metadata.num_warps,
         loads=_widths(opcodes, ("LDG", "LD")),

@@ -78,6 +78,7 @@ def forward(
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_NORM=normed, RMS=rms,
             GATE_SEGMENTS=_by_segment(gate, segments), SCALE_SEGMENTS=_by_segment(scale, segments),
             SHIFT_SEGMENTS=_by_segment(shift, segments), num_warps=launch.num_warps,
+            maxnreg=launch.registers if T is tl.float32 else None,
         )  # fmt: skip
     return stream, out, mean, rstd
 
@@ -120,7 +121,7 @@ def backward(
             kind = dtype if summed[number] else kind
             buffers[number] = torch.empty(shape, dtype=kind, device=stream.device)
     if stream.numel():
-        launch = launch_for(channels, backward=True)
+        launch = launch_for(channels, backward=True, sums=any(summed))
         with torch.cuda.device_of(stream):
             row_backward_kernel[(programs, batch)](
                 stream, y, gate, scale, weight, bias, mean, rstd, d_stream, d_out, *buffers,
@@ -135,6 +136,7 @@ def backward(
                 NEED_X=wanted[0], NEED_Y=wanted[1], NEED_GATE=wanted[2], NEED_SCALE=wanted[3], NEED_SHIFT=wanted[4],
                 NEED_WEIGHT=wanted[5], NEED_BIAS=wanted[6],
                 GATE_TOKENS=tokens[2], SCALE_TOKENS=tokens[3], SHIFT_TOKENS=tokens[4], num_warps=launch.num_warps,
+                maxnreg=launch.registers if T is tl.float32 else None,
             )  # fmt: skip
     for number, kind in enumerate(dtypes):
         partial = buffers[number]

@@ -22,21 +22,27 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """How a row is laid over a program: ``chunks`` pieces of ``block`` columns, and the program's warps."""
+    """How a row is laid over a program: ``chunks`` pieces of ``block`` columns, and the program's warps.
+
+    ``registers``: of a thread at most, None for as many as the assembler likes.
+    """
 
     block: int
     chunks: int
     num_warps: int
+    registers: int | None = None
 
 
-def launch_for(channels: int, *, backward: bool) -> RowLaunch:
-    """The least padded layout; at most 1,024 columns a piece, so that none is half empty."""
+def launch_for(channels: int, *, backward: bool, sums: bool = False) -> RowLaunch:
+    """The least padded layout; at most 1,024 columns a piece, so that none is half empty. ``sums``: of columns."""
     if channels <= 256:
         block = max(triton.next_power_of_2(channels), 16)
         return RowLaunch(block, 1, 1)
     block = min((1024, 512, 256), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     # 16 bytes of bfloat16 a thread and piece forward; the backward holds twice the values, and column sums.
-    return RowLaunch(block, triton.cdiv(channels, block), (block // 256) * (2 if backward else 1))
+    chunks, warps = triton.cdiv(channels, block), (block // 256) * (2 if backward else 1)
+    # Up to 3 pieces of 1,024 a row fits in 64 registers; left alone, the assembler spills to get below.
+    return RowLaunch(block, chunks, warps, 64 if channels <= 3072 and not sums else None)
 
 
 @triton.jit

@@ -15,31 +15,66 @@ from prfl_fast.ops.rows.checks import row_backend
 from prfl_fast.ops.rows.modulation import unit_stride
 
 # The result is n weight + bias, rounded: taking n out of it magnifies that rounding by |bias / weight|, and a weight
-# whose products fall below the smallest numbers of the dtype leaves nothing to take out.
+# whose products fall below the smallest numbers of the dtype leaves nothing to take out. A rotated pair is rounded as
+# one: a weight far below its partner's drowns in the partner's rounding.
 SMALLEST_WEIGHT = 1e-3
 LARGEST_BIAS = 8.0
+LARGEST_PARTNER = 16.0
 
 # By identity: tensors of one shape compare element by element.
 _divisible: Any = WeakTensorKeyDictionary()
 
 
-def can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """True where the normed input can be had from the result: no weight below 1e-3, no bias above 8 weights, in size.
+def can_undo(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    pairs: int | None = None,
+    dim: int | None = None,
+    interleaved: bool = True,
+) -> bool:
+    """True where the normed input can be had from the result.
 
-    Reads both on the host, once for as long as they don't change. Fake tensors have no values to read: True.
+    That is: no weight below 1e-3, no bias above 8 weights, and no weight above 16 times the other one of its rotated
+    pair, all in size. Reads both on the host, once for as long as they don't change. Fake tensors have no values: True.
+
+    Args:
+        weight: ``[H D]`` or ``[D]``, or None.
+        bias: likewise.
+        pairs: rotated pairs of a head, 0 for no rotation; None: all of them.
+        dim: D; None: the whole width is one head's, which makes no difference to neighbours that are all rotated.
+        interleaved: pairs are neighbours, else halves of what is rotated.
     """
     key = weight if weight is not None else bias
     if key is None or isinstance(key, FakeTensor):
         return True  # memory is predicted for weights that divide, as trained ones do
-    state = tuple(None if t is None else (id(t), t._version, t.data_ptr()) for t in (weight, bias))
+    state = (
+        pairs,
+        dim,
+        interleaved,
+        *(None if t is None else (id(t), t._version, t.data_ptr()) for t in (weight, bias)),
+    )
     seen = _divisible.get(key)
     if seen is None or seen[0] != state:
-        size = torch.ones((), device=key.device) if weight is None else weight.detach().abs().float()
-        undone = (size >= SMALLEST_WEIGHT).all()
-        if bias is not None:
-            undone = undone & (bias.detach().abs().float() <= LARGEST_BIAS * size).all()
-        seen = _divisible[key] = (state, bool(undone))
+        seen = _divisible[key] = (state, _look(weight, bias, key.numel() if dim is None else dim, pairs, interleaved))
     return bool(seen[1])
+
+
+def _look(weight: Tensor | None, bias: Tensor | None, dim: int, pairs: int | None, interleaved: bool) -> bool:
+    like = weight if weight is not None else bias
+    assert like is not None
+    size = torch.ones_like(like, dtype=torch.float32) if weight is None else weight.detach().abs().float()
+    added = torch.zeros_like(size) if bias is None else bias.detach().abs().float()
+    undone = (size >= SMALLEST_WEIGHT).all() & (added <= LARGEST_BIAS * size).all()
+    rotated = 2 * (dim // 2 if pairs is None else pairs)
+    if rotated:
+        of_pair = (-1, 2) if interleaved else (2, -1)
+        sizes, biases = (t.reshape(-1, dim)[:, :rotated].unflatten(1, of_pair) for t in (size, added))
+        along = -1 if interleaved else -2
+        least = sizes.amin(along)
+        undone = undone & (sizes.amax(along) <= LARGEST_PARTNER * least).all()
+        undone = undone & (biases.amax(along) <= LARGEST_BIAS * least).all()
+    return bool(undone)
 
 
 def _check(name: str, x: Tensor) -> Tensor:
@@ -143,9 +178,9 @@ def qk_norm_rope(
 
     Arithmetic and statistics are in float32 (float64 for float64 tokens), the result is rounded once. The backward
     starts from the result, which attention keeps anyway, and the reciprocal deviations: turned back, without the bias
-    and divided by the weight, it is the normed input. Where a weight is below 1e-3 in size or a bias above 8 times its
-    weight (and inside torch.compile, which can't look) the input is kept instead. Sums over tokens are the same bits in
-    every run. Differentiable once.
+    and divided by the weight, it is the normed input. Where a weight is below 1e-3 in size, a bias above 8 times its
+    weight or a weight above 16 times the other one of its rotated pair (and inside torch.compile, which can't look) the
+    input is kept instead. Sums over tokens are the same bits in every run. Differentiable once.
 
     Args:
         q: ``[B, Lq, H, D]``, D even, any float dtype; any strides, the last one 1 (else a copy is made).
@@ -197,7 +232,13 @@ def qk_norm_rope(
         prepared.append((x, weight, bias, *angles, start))
     results = []
     for x, weight, bias, own_cos, own_sin, start in prepared:
-        kept_output = not torch.compiler.is_compiling() and can_undo(weight, bias)
+        kept_output = not torch.compiler.is_compiling() and can_undo(
+            weight,
+            bias,
+            pairs=0 if own_cos is None or not own_cos.numel() else own_cos.shape[3],
+            dim=x.shape[3],
+            interleaved=interleaved,
+        )
         made = torch.ops.prfl_fast.qk_norm_rope(
             x, weight, bias, own_cos, own_sin, float(eps), kind == "rms", across_heads, interleaved, start,
             kept_output, row_backend(x),
