@@ -31,7 +31,7 @@ EXPONENTIAL = 2.0**-14
 
 # What a trial may cost: floating point operations of one forward, bytes of its tensors, seconds of timed runs.
 MOST_OPERATIONS = 3e12
-MOST_BYTES = 2**29
+MOST_BYTES = 2**30
 MOST_SECONDS = 1.0
 ROUNDS = 7
 # After the first round one that is so much slower has lost; two that are closer than that are equally fast.
