@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODULES = ("row_launch", "qk_norm_rope", "attention", "solver_step")
+MODULES = ("row_launch", "qk_norm_rope", "attention", "query_pool_launch", "solver_step")
 
 
 @dataclass(frozen=True)

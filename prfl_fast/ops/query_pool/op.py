@@ -14,17 +14,18 @@ is how token shards on several ranks become one result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-# Elements of a slice of tokens that is converted to the accumulation dtype at a time (32 MiB in float32).
-_SLICE_ELEMENTS = 2**23
+from prfl_fast.ops.backends import choose
+from prfl_fast.ops.query_pool import registration as _registration  # noqa: F401 (registers the torch ops)
+from prfl_fast.ops.query_pool.group import merge_over, replicated
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fold_query(
@@ -51,124 +52,14 @@ def partial_pool(x: Tensor, folded: Tensor, lengths: Sequence[int] | None = None
 
     Returns:
         ``[B, H Q, C]`` and ``[B, H Q]``. Differentiable once, in both.
+
+    Raises:
+        RuntimeError: the backend that :func:`prfl_fast.ops.backend` names can't run here.
     """
-    sums, lse = _PartialPool.apply(x, folded, lengths)  # type: ignore[no-untyped-call]
+    kernels = folded.dtype == torch.float32 and x.dtype in _TRITON_DTYPES
+    backend = choose(x.device, ("triton", "reference") if kernels else ("reference",))
+    sums, lse, _ = torch.ops.prfl_fast.query_pool_partial(x, folded, lengths, backend)
     return sums, lse
-
-
-def merge_pools(sums: Tensor, lse: Tensor) -> Tensor:
-    """State of the union of R disjoint sets of tokens: ``[R, B, H Q, C]`` and ``[R, B, H Q]`` to ``[B, H Q, C]``."""
-    return (torch.softmax(lse, dim=0).unsqueeze(-1) * sums).sum(0)
-
-
-class _PartialPool(torch.autograd.Function):
-    """Keeps the tokens (which the caller holds anyway), the scores ``[B, H Q, L]`` and the small results."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, folded: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        batch, tokens, dim = x.shape
-        rows = folded.shape[0]
-        scores = folded.new_full((batch, rows, tokens), -math.inf)
-        sums = folded.new_zeros(batch, rows, dim)
-        lse = folded.new_full((batch, rows), -math.inf)
-        with torch.autocast(x.device.type, enabled=False):
-            for samples, count in _slabs(batch, tokens, lengths):
-                left = folded.expand(samples.stop - samples.start, rows, dim)
-                top, total, mean = lse[samples, :, None], sums[samples, :, :1], sums[samples]
-                for start, stop, part in _slices(x[samples, :count], folded.dtype):
-                    part_scores = torch.bmm(left, part.mT)
-                    scores[samples, :, start:stop] = part_scores
-                    new_top = torch.maximum(top, part_scores.amax(-1, keepdim=True))
-                    weights, rescale = torch.exp(part_scores - new_top), torch.exp(top - new_top)
-                    total = total * rescale + weights.sum(-1, keepdim=True)
-                    mean = mean * rescale + torch.bmm(weights, part)
-                    top = new_top
-                sums[samples] = mean / total
-                lse[samples] = (top + torch.log(total)).squeeze(-1)
-        ctx.lengths = lengths
-        ctx.save_for_backward(x, folded, scores, sums)
-        return sums, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_sums: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, folded, scores, sums = ctx.saved_tensors
-        need_x, need_folded = ctx.needs_input_grad[:2]
-        # Padding gets zeros; without any, every element is written below.
-        grad_x = None if not need_x else torch.empty_like(x) if ctx.lengths is None else torch.zeros_like(x)
-        grad_folded = torch.zeros_like(folded) if need_folded else None
-        with torch.autocast(x.device.type, enabled=False):
-            for samples, count in _slabs(x.shape[0], x.shape[1], ctx.lengths):
-                outer = grad_sums[samples]
-                shift = grad_lse[samples, :, None] - (outer * sums[samples]).sum(-1, keepdim=True)
-                weights = torch.softmax(scores[samples, :, :count], dim=-1)
-                # dx = p^T g + ds^T f as one product, so that the gradient of the tokens is written once.
-                right = torch.cat([outer, folded.expand(outer.shape)], dim=1)
-                for start, stop, part in _slices(x[samples, :count], folded.dtype):
-                    p = weights[..., start:stop]
-                    grad_scores = p * (torch.bmm(outer, part.mT) + shift)
-                    if grad_folded is not None:
-                        grad_folded += torch.bmm(grad_scores, part).sum(0)
-                    if grad_x is not None:
-                        target, left = grad_x[samples, start:stop], torch.cat([p, grad_scores], dim=1).mT
-                        if target.dtype == right.dtype:
-                            target.baddbmm_(left, right, beta=0)
-                        else:
-                            target.copy_(torch.bmm(left, right))
-        return grad_x, grad_folded, None
-
-
-def _slabs(batch: int, tokens: int, lengths: Sequence[int] | None) -> Iterator[tuple[slice, int]]:
-    """Samples that are worked on together, with their number of tokens."""
-    if lengths is None:
-        if batch and tokens:
-            yield slice(0, batch), tokens
-        return
-    for index, count in enumerate(lengths):
-        if count:
-            yield slice(index, index + 1), count
-
-
-def _slices(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Tokens in ``dtype``: all at once where they have it, else converted one bounded slice after the other."""
-    batch, tokens, dim = x.shape
-    if x.dtype == dtype:
-        yield 0, tokens, x
-        return
-    step = max(1, _SLICE_ELEMENTS // (batch * dim))
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        yield start, stop, x[:, start:stop].to(dtype)
-
-
-class _GatherStates(torch.autograd.Function):
-    """All ranks' states, stacked. Every rank goes on to the same loss, which counts once: each keeps its own share."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.rank = dist.get_rank(group)
-        states = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(states, state.contiguous(), group=group)
-        return torch.stack(states)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.rank], None
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """A replicated tensor that meets a different shard on every rank: its gradient is the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def _check(
@@ -238,8 +129,10 @@ def query_pool(
 
     Parameters as in that module: rows 0..C of the input projection make the query, C..2C the key, 2C..3C the value.
     Computes in the wider of the dtypes of ``x`` and the parameters, in float32 at least (autocast does not reach
-    inside); tokens of a narrower dtype are converted a bounded slice at a time. Kept for the backward: ``x`` itself
-    and the scores ``[B, H Q, L]``. Differentiable once: the softmax refuses a second derivative with an error.
+    inside); in plain torch, tokens of a narrower dtype are converted a bounded slice at a time. The Triton kernels
+    multiply bfloat16 tokens by the sum of two bfloat16 numbers (16 bits) and are the same bits in every run; float64
+    runs in plain torch. Kept for the backward: ``x`` itself and the scores ``[B, H Q, L]``. Differentiable once: a
+    second derivative is refused with an error.
 
     Args:
         x: ``[B, L, C]`` tokens, any float dtype, any strides.
@@ -264,6 +157,7 @@ def query_pool(
     Raises:
         ValueError: wrong shapes, devices, heads or lengths; no tokens.
         TypeError: wrong dtypes.
+        RuntimeError: the backend that :func:`prfl_fast.ops.backend` names can't run here.
     """
     sharded = group is not None
     _check(x, queries, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads, sharded)
@@ -273,17 +167,9 @@ def query_pool(
     dtype = torch.promote_types(torch.promote_types(x.dtype, queries.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         folded = fold_query(queries, in_proj_weight, in_proj_bias, num_heads, dtype)
-        if group is None:
-            sums, _ = partial_pool(x, folded, counts)
-        else:
-            folded = _SumOfGradients.apply(folded, group)  # type: ignore[no-untyped-call]
-            sums, lse = partial_pool(x, folded, counts)
-            state = torch.cat([sums, lse.unsqueeze(-1)], dim=-1)
-            states = _GatherStates.apply(state, group)  # type: ignore[no-untyped-call]
-            sums, lse = states[..., :-1], states[..., -1]
-            if bool((lse.amax(0) == -math.inf).any()):
-                raise ValueError("lengths: expected at least one token per sample over the ranks of group")
-            sums = merge_pools(sums, lse)
+        sums, lse = partial_pool(x, folded if group is None else replicated(folded, group), counts)
+        if group is not None:
+            sums = merge_over(group, sums, lse)
         sums = sums.unflatten(1, (num_heads, count))
         values = in_proj_weight[2 * dim :].to(dtype).unflatten(0, (num_heads, head_dim))
         heads = torch.einsum("bhqc,hdc->bqhd", sums, values).flatten(2)
