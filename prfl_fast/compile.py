@@ -84,7 +84,8 @@ def summary(result: dict[str, Any]) -> str:
             f"{sum(row['copies'].values()):8}{row['seconds']:9.2f}  {row['kernel']}, {row['launches'][0]}"
             + (f" and {more} more" if more else "")
         )
-    lines.append(f"{len(result['kernels'])} kernels by Triton {result['triton']}, {len(spilling(result))} spill registers")
+    spill = len(spilling(result))
+    lines.append(f"{len(result['kernels'])} kernels by Triton {result['triton']}, {spill} spill registers")
     return "\n".join(lines)
 
 

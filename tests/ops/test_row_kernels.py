@@ -145,7 +145,7 @@ def test_sums_of_columns_do_not_depend_on_how_they_are_split(monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn", counted)
         expected = run(case, leaves, plain)
-        for programs in (1, 2, 5, 23, 40):
+        for programs in (1, 5, 40):
             patch.setattr(row_launch, "_multiprocessors", lambda device, programs=programs: programs)
             patch.setattr(row_launch, "_PROGRAMS", 1)
             actual, _ = in_triton(case, leaves)
