@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "ops", ""},
     "compile": {"kernels"},
+    "benchmarks": {"ops", "memory", ""},
     "cli": {"compile", "demo", "doctor", ""},
     "": {"memory", "models", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }

@@ -439,3 +439,22 @@ def test_overhead_has_no_second_check() -> None:
     with mock.patch.object(choice, "choose", side_effect=AssertionError("chosen again")):
         ops.attention(q, k, v)
     assert math.isfinite(float(ops.attention(q, k, v).sum()))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_triton_by_name_launches_what_is_wanted(wanted: tuple[int, ...]) -> None:
+    from tritononcpu import watched
+
+    tensors = problem((2, 9, 14, 2, 16), torch.float32)[:4]
+    full = [t.detach().requires_grad_() for t in tensors[:3]]
+    some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors[:3])]
+    with ops.backend("triton"):
+        right = torch.autograd.grad(ops.attention(*full), full, tensors[3])
+        out = ops.attention(*some)
+        with watched() as watch:
+            made = torch.autograd.grad(out, [some[i] for i in wanted], tensors[3])
+    for i, ours in zip(wanted, made, strict=True):
+        assert torch.equal(ours, right[i])
+    assert ("attention_dq_kernel" in watch.launches) == (0 in wanted)
+    assert ("attention_dkdv_kernel" in watch.launches) == (1 in wanted or 2 in wanted)
