@@ -123,14 +123,31 @@ def pool_lse_kernel(tops, totals, lse, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pool_d_scores_kernel(
-    x, pieces, counts, scores, lse, shift, shares, x_strides, piece_stride, length, rows,
-    C: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_COUNTS: tl.constexpr,
-):  # fmt: skip
-    """``shares`` ``[B, 2 R, L]`` of a tile of tokens: R rows of p, then R rows of ds; zero at padding.
+def _multiply(share, vector, acc, PIECES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + share vector`` in float32; of two pieces each, all but the product of the two small ones."""
+    if PIECES == 2:
+        share_high = share.to(tl.bfloat16)
+        share_low = (share - share_high.to(tl.float32)).to(tl.bfloat16)
+        vector_high = vector.to(tl.bfloat16)
+        vector_low = (vector - vector_high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(share_high.to(OPERAND), vector_high.to(OPERAND), acc)
+        acc = tl.dot(share_low.to(OPERAND), vector_high.to(OPERAND), acc)
+        return tl.dot(share_high.to(OPERAND), vector_low.to(OPERAND), acc)
+    else:
+        return tl.dot(share, vector, acc, input_precision=PRECISION)
 
-    ``pieces``: of g, ``[PIECES, B, R, C]``; ``shift``: dlse - g . sums, ``[B, R]``.
+
+@triton.jit
+def pool_backward_kernel(
+    x, pieces, counts, scores, lse, shift, d_sums, folded, d_x, shares, x_strides, piece_stride, length, rows,
+    C: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    NEED_X: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens: ds, and with ``NEED_X`` (one group of rows) d_x = p^T g + ds^T w, zero at padding.
+
+    ``pieces``: of g, ``[PIECES, B, R, C]``; ``shift``: dlse - g . sums, ``[B, R]``. ``shares`` takes ``SHARES`` times R
+    rows of all tokens, zero at padding: ds, or p and then ds.
     """
     first = tl.program_id(0) * BLOCK_L
     group = tl.program_id(1)
@@ -151,11 +168,32 @@ def pool_d_scores_kernel(
     p = tl.exp(score - tl.where(high == float("-inf"), 0.0, high)[None, :])
     # Where the gradients are not finite, padding still has none.
     d = tl.where(counted, p * (values + tl.load(shift + at, mask=there, other=0.0)[None, :]), 0.0)
-    into = shares + (2 * b * rows + row)[None, :] * length + token[:, None]
     mask = there[None, :] & (token < length)[:, None]
-    tl.store(into, p, mask=mask)
-    into = shares + ((2 * b + 1) * rows + row)[None, :] * length + token[:, None]
-    tl.store(into, d, mask=mask)
+    if SHARES == 2:
+        tl.store(shares + (2 * b * rows + row)[None, :] * length + token[:, None], p, mask=mask)
+    if SHARES > 0:
+        into = shares + ((SHARES * b + SHARES - 1) * rows + row)[None, :] * length + token[:, None]
+        tl.store(into, d, mask=mask)
+    if NEED_X:
+        # p and ds of a row side by side, so that a tensor core's depth of 16 takes 8 rows.
+        share = tl.reshape(tl.join(p, d), (BLOCK_L, 2 * ROWS))
+        k = tl.arange(0, 2 * ROWS)
+        own = k // 2
+        g_at = d_sums + ((b * rows + own) * C)[:, None]
+        w_at = folded + (own * C)[:, None]
+        is_g = ((own < rows) & (k % 2 == 0))[:, None]
+        is_w = ((own < rows) & (k % 2 == 1))[:, None]
+        for start in range(0, C, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = (column < C)[None, :]
+            vector = tl.load(g_at + column[None, :], mask=is_g & inside, other=0.0)
+            vector += tl.load(w_at + column[None, :], mask=is_w & inside, other=0.0)
+            acc = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+            acc = _multiply(share, vector, acc, PIECES, OPERAND, PRECISION)
+            # At padding the shares are zero, but the other factor may not be finite.
+            acc = tl.where((token < stop)[:, None], acc, 0.0)
+            to = d_x + (b * length + token)[:, None] * C + column[None, :]
+            tl.store(to, acc.to(d_x.dtype.element_ty), mask=(token < length)[:, None] & inside)
 
 
 @triton.jit
@@ -214,9 +252,7 @@ def pool_d_tokens_kernel(
     C: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient of the tokens, p^T g + ds^T w, zero at padding. Shares stand in for the tokens, which are
-    not read; p and ds are one factor ``[L, 2 R]``, g and w the other.
-    """
+    """A tile of d_x = p^T g + ds^T w, zero at padding, of p and ds from memory: where rows are of several groups."""
     chunks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     column = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(0) // chunks * BLOCK_L
@@ -236,16 +272,7 @@ def pool_d_tokens_kernel(
         )
         other = ((k >= rows) & (k < 2 * rows))[:, None] & inside
         vector += tl.load(folded + (k - rows)[:, None] * C + column[None, :], mask=other, other=0.0)
-        if PIECES == 2:
-            share_high = share.to(tl.bfloat16)
-            share_low = (share - share_high.to(tl.float32)).to(tl.bfloat16)
-            vector_high = vector.to(tl.bfloat16)
-            vector_low = (vector - vector_high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(share_high.to(OPERAND), vector_high.to(OPERAND), acc)
-            acc = tl.dot(share_low.to(OPERAND), vector_high.to(OPERAND), acc)
-            acc = tl.dot(share_high.to(OPERAND), vector_low.to(OPERAND), acc)
-        else:
-            acc = tl.dot(share, vector, acc, input_precision=PRECISION)
+        acc = _multiply(share, vector, acc, PIECES, OPERAND, PRECISION)
     # At padding the shares are zero, but the other factor may not be finite.
     acc = tl.where(counted, acc, 0.0)
     at = d_x + (b * length + token)[:, None] * C + column[None, :]

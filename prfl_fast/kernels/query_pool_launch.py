@@ -16,7 +16,7 @@ from triton import knobs
 from prfl_fast.kernels.columns import column_sum
 from prfl_fast.kernels.configurations import Launch, shape_of
 from prfl_fast.kernels.query_pool import (
-    pool_d_scores_kernel,
+    pool_backward_kernel,
     pool_d_tokens_kernel,
     pool_lse_kernel,
     pool_pieces_kernel,
@@ -29,7 +29,7 @@ _PIECES_BLOCK = 1024
 _TILES_BLOCK = 256
 # Rows (heads times queries) of a program; more are a second group, which reads the tokens again.
 _MOST_ROWS = 64
-# Programs per multiprocessor of a weighted sum: two waves where two fit at a time.
+# Programs per multiprocessor of a weighted sum: as many as fit at a time on sm_90 by shared memory.
 _PROGRAMS = 4
 
 
@@ -53,8 +53,8 @@ class PoolLaunch:
         pieces: bfloat16 numbers that stand for a float32 one; 1 where products are not of bfloat16.
         products: tile of x times w (and times g).
         sums: tile of the weighted sums.
-        gradient: tile of the gradient of x.
-        depth: rows of p and ds that are multiplied at a time.
+        gradient: tile of the gradient of x; where there is one group, its columns alone.
+        depth: rows of p and ds that are multiplied at a time where there are several groups.
     """
 
     rows: int
@@ -154,23 +154,28 @@ def backward(
     shift = -(d_sums * sums).sum(-1)
     if d_lse is not None:
         shift = shift + d_lse
-    shares = folded.new_empty(batch, 2 * rows, length)
+    apart = needed[0] and launch.groups > 1
+    shared = 2 if apart else 1 if needed[1] else 0
+    shares = folded.new_empty(batch, shared * rows, length)
+    counted = counts is not None
     with torch.cuda.device_of(x):
         pieces, stride = _pieces(d_sums, launch)
-        pool_d_scores_kernel[(triton.cdiv(length, launch.products.tokens), launch.groups, batch)](
-            x, pieces, counts, scores, lse, shift, shares, x.stride()[:2], stride, length, rows,
-            C=channels, ROWS=launch.rows, **_shared(x, launch, launch.products), HAS_COUNTS=counts is not None,
+        pool_backward_kernel[(triton.cdiv(length, launch.products.tokens), launch.groups, batch)](
+            x, pieces, counts, scores, lse, shift, d_sums, folded, d_x, shares, x.stride()[:2], stride, length, rows,
+            C=channels, ROWS=launch.rows, BLOCK_D=launch.gradient.columns, **_shared(x, launch, launch.products),
+            HAS_COUNTS=counted, NEED_X=d_x is not None and not apart, SHARES=shared,
         )  # fmt: skip
-        if d_x is not None:
+        if d_x is not None and apart:
             tile = launch.gradient
             grid = (triton.cdiv(length, tile.tokens) * triton.cdiv(channels, tile.columns), batch)
             pool_d_tokens_kernel[grid](
                 shares, d_sums, folded, counts, d_x, length, rows,
-                C=channels, BLOCK_K=launch.depth, **_shared(x, launch, tile), HAS_COUNTS=counts is not None,
+                C=channels, BLOCK_K=launch.depth, **_shared(x, launch, tile), HAS_COUNTS=counted,
             )  # fmt: skip
     if not needed[1]:
         return d_x, None
-    parts = _weighted_sums(x, shares, None, counts, rows, rows, launch, splits, processors)
+    first_row = rows if apart else 0
+    parts = _weighted_sums(x, shares, None, counts, rows, first_row, launch, splits, processors)
     added = column_sum(parts.view(1, -1, rows * channels), (0, batch * parts.shape[1]), torch.float32)
     return d_x, added.reshape(rows, channels)
 
@@ -191,8 +196,8 @@ def _weighted_sums(
     tile = launch.sums
     chunks, tiles = triton.cdiv(channels, tile.columns), triton.cdiv(length, tile.tokens)
     if splits is None:
-        programs = chunks * launch.groups * batch
-        splits = triton.cdiv(_PROGRAMS * (processors or _processors(x.device)), programs)
+        # Whatever the batch: a sample's result is the same bits in any batch.
+        splits = triton.cdiv(_PROGRAMS * (processors or _processors(x.device)), chunks * launch.groups)
     per_split = triton.cdiv(tiles, min(splits, tiles)) * tile.tokens
     splits = triton.cdiv(length, per_split)
     parts = torch.empty(batch, splits, rows, channels, dtype=torch.float32, device=x.device)
