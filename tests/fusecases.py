@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def make_case(
     if name == "wan-vace":
         net, control = _vace(seed, generator, batch)
         conditioning["control_hidden_states"] = control
+    if name.startswith("hunyuan"):
+        _add_single_block(net)
     _cast(net, dtype)
     if lora:
         _add_lora(net, dtype)
@@ -91,6 +94,15 @@ def make_case(
         return out
 
     return Case(net, [x, *(v for v in given.values() if isinstance(v, Tensor) and v.requires_grad)], call)
+
+
+def _add_single_block(net: Any) -> None:
+    """A twin has one block of one stream, which is its last."""
+    added = copy.deepcopy(net.single_transformer_blocks[0])
+    with torch.no_grad():
+        for parameter in added.parameters():
+            parameter.copy_(parameter.flip(0))
+    net.single_transformer_blocks.append(added)
 
 
 def _cast(net: Any, dtype: torch.dtype) -> None:

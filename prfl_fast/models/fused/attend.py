@@ -37,6 +37,11 @@ def why_unfused(attn: Any, processors: Collection[str]) -> str | None:
     return None
 
 
+def splits(attn: Any) -> bool:
+    """True where diffusers splits the sequence over devices: queries and keys then have to come as it cut them."""
+    return getattr(attn.processor, "_parallel_config", None) is not None
+
+
 def heads(attn: Any, tensor: Tensor) -> Tensor:
     """``[B, L, H D]`` as ``[B, L, H, D]``."""
     split: Tensor = tensor.unflatten(2, (attn.heads, -1))

@@ -69,9 +69,11 @@ def fuse(transformer: Model, *, only: Collection[str] | None = None) -> Model:
             stacklevel=2,
         )
     _tell_attentions(fresh)
-    for block, family in fresh.values():
+    last = next(reversed(found), "")
+    for name, (block, family) in fresh.items():
+        forward = family.last if name and name == last and family.last is not None else family.forward
         # The instance's own dictionary: nothing of nn.Module's or a wrapper's __setattr__ has a say in it.
-        vars(block)["forward"] = functools.partial(family.forward, block)
+        vars(block)["forward"] = functools.partial(forward, block)
     return transformer
 
 
@@ -104,11 +106,11 @@ def is_fused(block: nn.Module) -> bool:
     forward, family = vars(block).get("forward"), _family(block)
     if family is None or not isinstance(forward, functools.partial):
         return False
-    return forward.func is family.forward and forward.args[0] is block
+    return forward.func in (family.forward, family.last) and forward.args[0] is block
 
 
 def _wraps_fused(forward: Any) -> bool:
-    ours = {family.forward for family in FAMILIES.values()}
+    ours = {forward for family in FAMILIES.values() for forward in (family.forward, family.last)}
     while forward is not None:
         if isinstance(forward, functools.partial) and forward.func in ours:
             return True
@@ -144,6 +146,14 @@ def _chosen(found: dict[str, Any], only: Collection[str], who: str) -> dict[str,
 
 
 def _refuse_hooks(name: str, block: nn.Module) -> None:
+    for part_name, part in block.named_modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        if part is not block and any(offload in hook for hook in hooks for offload in _LEAF_HOOKS):
+            raise ValueError(
+                f"transformer: '{name}.{part_name}' is offloaded by itself (leaf-level group offload); a fused block "
+                "reads weights without calling their modules: fuse first, then "
+                "enable_group_offload(offload_type='block_level')"
+            )
     if "forward" in vars(block):
         if _wraps_fused(vars(block)["forward"]):
             return  # fused, and wrapped since: it runs
@@ -152,19 +162,10 @@ def _refuse_hooks(name: str, block: nn.Module) -> None:
             "cache, accelerate or another hook), and the fused one would never be called: fuse first, then enable that"
         )
     for part_name, part in block.named_modules():
-        if part is block:
-            continue
-        where = f"{name}.{part_name}"
-        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
-        if any(offload in hook for hook in hooks for offload in _LEAF_HOOKS):
+        if part is not block and hooked(part) and not isinstance(part, nn.Linear) and not _called(block, part_name):
             raise ValueError(
-                f"transformer: {where!r} is offloaded by itself (leaf-level group offload); a fused block reads "
-                "weights without calling their modules: use enable_group_offload(offload_type='block_level') after fuse"
-            )
-        if hooked(part) and not isinstance(part, nn.Linear) and not _called(block, part_name):
-            raise ValueError(
-                f"transformer: {where!r} ({type(part).__name__}) has a hook or a forward of its own, which a fused "
-                f"block would not run: remove it, or leave {name!r} out of only="
+                f"transformer: '{name}.{part_name}' ({type(part).__name__}) has a hook or a forward of its own, which "
+                f"a fused block would not run: remove it, or leave {name!r} out of only="
             )
 
 

@@ -15,17 +15,19 @@ class Family(NamedTuple):
         forward: ``(block, *args, **kwargs)``, with the arguments and the result of the class's own forward.
         attentions: names of the block's attention modules.
         processors: class paths of the attention processors whose arithmetic ``forward`` writes down.
+        last: for a network's last block, where ``forward`` would compute gradients of what no one reads.
     """
 
     forward: Callable[..., Any]
     attentions: tuple[str, ...]
     processors: tuple[str, ...]
+    last: Callable[..., Any] | None = None
 
 
 _WAN = ("attn1", "attn2")
 _HUNYUAN = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideo"
 _DOUBLE = Family(hunyuan_video.double_block, ("attn",), hunyuan_video.PROCESSORS)
-_SINGLE = Family(hunyuan_video.single_block, ("attn",), hunyuan_video.PROCESSORS)
+_SINGLE = Family(hunyuan_video.single_block, ("attn",), hunyuan_video.PROCESSORS, hunyuan_video.last_single_block)
 
 # By the class path of the block.
 FAMILIES: dict[str, Family] = {
@@ -41,6 +43,6 @@ FAMILIES: dict[str, Family] = {
         ltx.ltx_block, ("attn1", "attn2"), ltx.PROCESSORS
     ),
     "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock": Family(
-        cogvideox.cogvideox_block, ("attn1",), cogvideox.PROCESSORS
+        cogvideox.cogvideox_block, ("attn1",), cogvideox.PROCESSORS, cogvideox.last_block
     ),
 }

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prfl_fast.models.fused.attend import attend, heads, norm_rope, pairs, projections, valid_lengths, why_unfused
+from prfl_fast.models.fused.attend import (
+    attend,
+    heads,
+    norm_rope,
+    pairs,
+    projections,
+    splits,
+    valid_lengths,
+    why_unfused,
+)
 from prfl_fast.models.fused.branches import gated_linear, gated_linear_norm, gated_norm
 from prfl_fast.models.fused.feed_forward import feed_forward
 from prfl_fast.models.fused.joint import joint_norm_rope
@@ -91,6 +100,37 @@ def single_block(
         out = torch.cat(parts, dim=1)
     x = gated_linear(x, beside_gelu(out, pre, block.act_mlp.approximate), [block.proj_out], gate, runs)
     return x[:, :length], x[:, length:]
+
+
+def last_single_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: _Tables = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`single_block` with the streams apart: the text that leaves a network's last block is read by no one, and
+    then has no gradient to compute."""
+    attn, x, text = block.attn, hidden_states, encoder_hidden_states
+    if why_unfused(attn, PROCESSORS) is not None or splits(attn):
+        return single_block(
+            block, x, text, temb, attention_mask, image_rotary_emb, token_replace_emb, num_tokens
+        )  # fmt: skip
+    (shift, scale, gate), runs = _modulation(block.norm, 3, temb, token_replace_emb, num_tokens, x.shape[1])
+    text_shift, text_scale, text_gate = _modulation(block.norm, 3, temb, None, None, 0)[0]
+    norm, layers = norm_of(block.norm.norm), (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    q, k, v, pre = linears(modulated(x, norm, scale, shift, runs), *layers)
+    text_q, text_k, text_v, text_pre = linears(modulated(text, norm, text_scale, text_shift), *layers)
+    q, k = norm_rope(attn, heads(attn, q), heads(attn, k), _angles(image_rotary_emb), across_heads=False)
+    text_q, text_k = norm_rope(attn, heads(attn, text_q), heads(attn, text_k), across_heads=False)
+    keys, values = torch.cat([k, text_k], dim=1), torch.cat([heads(attn, v), heads(attn, text_v)], dim=1)
+    approximate, layers = block.act_mlp.approximate, (block.proj_out,)
+    value = beside_gelu(_attention(attn, q, keys, values, attention_mask), pre, approximate)
+    text_value = beside_gelu(_attention(attn, text_q, keys, values, attention_mask), text_pre, approximate)
+    return gated_linear(x, value, layers, gate, runs), gated_linear(text, text_value, layers, text_gate)
 
 
 def _modulation(

@@ -70,7 +70,11 @@ def _itself(value: Tensor) -> Tensor:
 def linears(source: Value, *modules: nn.Module) -> list[Tensor]:
     """The outputs ``[B, L, out]`` of several linears on one value, which is computed once more in the backward."""
     value = source.value
-    lora = {id(module): found for module in modules if (found := _adapters(module, value)) is not None}
+    lora: dict[int, list[tuple[nn.Linear, nn.Module, float]]] = {}
+    for module in modules:
+        adapters = _adapters(module, value)
+        if adapters is not None:
+            lora[id(module)] = adapters
     formula, sources = source.formula, source.sources
     if formula is None:
         if not lora:
