@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "twin": set(),
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "ops", ""},
-    "cli": {"demo", "doctor", ""},
+    "benchmarks": {"ops", "memory", ""},
+    "cli": {"benchmarks", "demo", "doctor", ""},
     "": {"memory", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 
