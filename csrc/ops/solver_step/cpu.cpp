@@ -49,7 +49,7 @@ PRFL_INLINE void run_tile(const LinearMap& map, int64_t start, int count) {
   const bool masked = map.mask.data != nullptr;
   const T guidance = static_cast<T>(map.guidance);
   if (masked) {
-    for (int i = 0; i < count; ++i) change[i] = mask_at(map.mask, start + i);
+    for (int i = 0; i < count; ++i) change[i] = map.mask.data[mask_offset(map.mask, start + i)] != 0;
   }
   // From -0: the first fused product is then the product itself, its sign of zero included.
   for (int r = 0; r < map.rows; ++r) std::fill_n(sum[r], count, -0.0);

@@ -1,11 +1,8 @@
 // Device code of the solver step and its transpose: one launch, every tensor read once and written once. No torch here.
 #pragma once
 
+#include "common/memory.cuh"
 #include "ops/solver_step/linear_map.h"
-
-#ifndef __CUDACC__
-#define __grid_constant__
-#endif
 
 namespace prfl::solver_step {
 
@@ -21,7 +18,7 @@ struct alignas(sizeof(E) * kVector < 16 ? sizeof(E) * kVector : 16) Pack {
 // A whole vector that is known to be aligned.
 template <typename E>
 __device__ __forceinline__ Pack<E> load_pack(const void* data, int64_t start) {
-  return *reinterpret_cast<const Pack<E>*>(static_cast<const E*>(data) + start);
+  return global_load(reinterpret_cast<const Pack<E>*>(static_cast<const E*>(data) + start));
 }
 
 // Elements start .. start + count - 1 as T; whole and aligned vectors in loads of up to 16 bytes, others one by one.
@@ -34,7 +31,7 @@ __device__ __forceinline__ void load_as(const void* data, int64_t start, int cou
     for (int i = 0; i < kVector; ++i) value[i] = narrow<T>(widen(pack.element[i]));
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = i < count ? narrow<T>(widen(from[i])) : T(0);
+    for (int i = 0; i < kVector; ++i) value[i] = i < count ? narrow<T>(widen(global_load(from + i))) : T(0);
   }
 }
 
@@ -55,11 +52,11 @@ __device__ __forceinline__ void store_as(void* data, int64_t start, int count, c
     Pack<E> pack;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) pack.element[i] = narrow<E>(value[i]);
-    *reinterpret_cast<Pack<E>*>(to) = pack;
+    global_store(reinterpret_cast<Pack<E>*>(to), pack);
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < count) to[i] = narrow<E>(value[i]);
+      if (i < count) global_store(to + i, narrow<E>(value[i]));
     }
   }
 }
@@ -81,19 +78,19 @@ __device__ __forceinline__ unsigned load_mask(const Mask& mask, int64_t start, i
     unsigned char value[kVector];
     const uint8_t* from = mask.data + start;
     if (count == kVector && reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
-      const Pack<unsigned char> pack = *reinterpret_cast<const Pack<unsigned char>*>(from);
+      const Pack<unsigned char> pack = global_load(reinterpret_cast<const Pack<unsigned char>*>(from));
 #pragma unroll
       for (int i = 0; i < kVector; ++i) value[i] = pack.element[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) value[i] = i < count ? from[i] : 0;
+      for (int i = 0; i < kVector; ++i) value[i] = i < count ? global_load(from + i) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) bits |= (value[i] != 0 ? 1u : 0u) << i;
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < count && mask_at(mask, start + i)) bits |= 1u << i;
+      if (i < count && global_load(mask.data + mask_offset(mask, start + i)) != 0) bits |= 1u << i;
     }
   }
   return bits;

@@ -62,8 +62,8 @@ inline int count_plain(const LinearMap& map, Scalar state, bool transposed) {
   return plain;
 }
 
-// Byte of the mask that belongs to element `index` in logical order.
-PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {
+// Where in the mask the byte stands that belongs to element `index` in logical order.
+PRFL_INLINE int64_t mask_offset(const Mask& mask, int64_t index) {
   int64_t offset = 0;
 #pragma unroll
   for (int d = kMaxMaskDims - 1; d >= 0; --d) {
@@ -73,7 +73,7 @@ PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {
       index = next;
     }
   }
-  return mask.data[offset] != 0;
+  return offset;
 }
 
 }  // namespace prfl::solver_step
