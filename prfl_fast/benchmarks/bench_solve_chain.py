@@ -12,9 +12,7 @@ and ``subset`` (time saved is bytes kept, with and without a constant, drawn fro
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -135,9 +133,13 @@ def uniform(blocks: Blocks, budget: int, host: int) -> int | None:
     return min(fitting, default=None)
 
 
-def resident() -> float:
-    """Megabytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def megabytes(field: str) -> float:
+    """``VmRSS``, what this process holds now, or ``VmHWM``, the most that it held. (``getrusage`` would count what the
+    parent held before the child was its own.)"""
+    for told in Path("/proc/self/status").read_text().splitlines():
+        if told.startswith(field):
+            return int(told.split()[1]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dic
     seconds, gaps, over_greedy, over_uniform = [], [], [], []
     no_greedy = no_uniform = 0
     door._native()
-    before = resident()
+    before = megabytes("VmRSS")
     for seed in range(chains):
         blocks = draw_chain(random.Random(f"{family} {size} {seed}"), family, *size)
         host = sum(max(mode.offloaded for mode in block) for block in blocks) * 15 // 100
@@ -180,7 +182,7 @@ def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dic
                     no_uniform += other is None
     told["seconds_median"], told["seconds_max"] = statistics.median(seconds), max(seconds)
     # The high-water mark of a process of its own, above what it held before the first solve.
-    told["megabytes"] = max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before)
+    told["megabytes"] = max(0.0, megabytes("VmHWM") - before)
     told["gap_median"], told["gap_max"] = statistics.median(gaps), max(gaps)
     if peers:
         told["greedy"] = ratios(over_greedy, no_greedy)
