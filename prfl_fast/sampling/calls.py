@@ -1,4 +1,4 @@
-"""One network call of the chain, constant or differentiable, and the guided prediction made of one or two of them."""
+"""One network call of the chain, constant or differentiable, and the prediction of one or two of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.blocks import recompute_blocks
 from prfl_fast.models.base import Adapter
+from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import StepWeights
 from prfl_fast.sampling.nodes import scale_gradient
 from prfl_fast.sampling.request import Conditioning, Request
@@ -146,8 +147,9 @@ class Caller:
             prediction = result
         return scale_gradient(prediction, outer)
 
-    def predict(self, step: int, x: Tensor, weights: StepWeights, keep_graph: bool) -> Tensor:
-        """The guided prediction of a step; ``keep_graph`` keeps the graph of its last differentiable call."""
+    def predict(self, step: int, x: Tensor, weights: StepWeights, keep_graph: bool) -> Prediction:
+        """The prediction of a step, of one branch or two; ``keep_graph`` keeps the graph of its last differentiable
+        call."""
         request = self._request
         network = self._network(step)
         conditioning = self._conditioning[step - request.start_step]
@@ -159,13 +161,15 @@ class Caller:
                 step, "conditional", x, conditioning, weights, keep_graph and not both
             )
         if not network.guided:
-            return conditional
+            return Prediction(conditional)
         negative = self._negative[step - request.start_step]
         if weights.zero or not request.guidance.both_branches:
             unconditional = self.constant(step, "unconditional", x, negative)
         else:
             unconditional = self.differentiable(step, "unconditional", x, negative, weights, keep_graph)
-        return request.guidance.combine(conditional, unconditional, network.scale, step)
+        return request.guidance.predict(
+            conditional, unconditional, network.scale, step, fused=request.solver.linear
+        )
 
     def _network(self, step: int) -> Any:
         return self._request.networks[step - self._request.start_step]

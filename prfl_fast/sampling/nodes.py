@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.run import Run
 
 
@@ -57,17 +58,19 @@ class _Root(torch.autograd.Function):
 
 
 class _Prediction(torch.autograd.Function):
-    """Sits on a step's prediction: notes the gradient that reaches the network there."""
+    """Sits on a step's prediction, on both branches where there are two: notes the gradient that reaches the network
+    there."""
 
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, run: Run, step: int) -> Tensor:
-        ctx.run, ctx.step = run, step
-        return prediction.view_as(prediction)
+    def forward(ctx: Any, run: Run, step: int, shares: tuple[float, ...], *branches: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.step, ctx.shares = run, step, shares
+        ctx.set_materialize_grads(False)
+        return tuple(branch.view_as(branch) for branch in branches)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.run.record(ctx.step, gradients[0])
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.run.record(ctx.step, gradients, ctx.shares)
+        return (None, None, None, *gradients)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -87,10 +90,19 @@ def root(latents: Tensor, run: Run) -> Tensor:
     return result
 
 
-def prediction_node(prediction: Tensor, run: Run, step: int) -> Tensor:
+def prediction_node(prediction: Prediction, run: Run, step: int) -> Prediction:
     """Identity; in the backward records the gradient's norm."""
-    result: Tensor = _Prediction.apply(prediction, run, step)  # type: ignore[no-untyped-call]
-    return result
+    placed = [k for k, branch in enumerate(prediction.branches) if branch.requires_grad]
+    if not placed:
+        return prediction
+    branches = list(prediction.branches)
+    shares = tuple(prediction.shares[k] for k in placed)
+    made: tuple[Tensor, ...] = _Prediction.apply(  # type: ignore[no-untyped-call]
+        run, step, shares, *(branches[k] for k in placed)
+    )
+    for k, branch in zip(placed, made, strict=True):
+        branches[k] = branch
+    return prediction.of(branches)
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:

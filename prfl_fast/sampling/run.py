@@ -6,7 +6,7 @@ puts into the autograd graph (nodes.py) and from the network calls (calls.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,9 +74,14 @@ class Run:
                 self.fail_backward()
             raise
 
-    def record(self, step: int, gradient: Tensor) -> None:
-        """Notes the gradient that reaches the prediction of a step; nothing is synchronised with the device."""
-        squared = gradient.detach().double().square().sum()
+    def record(self, step: int, gradients: Sequence[Tensor | None], shares: Sequence[float]) -> None:
+        """Notes the gradient g that reaches the prediction of a step, given as its ``shares`` s g, one a branch, of
+        which the largest tells it best; nothing is synchronised with the device."""
+        told = [(abs(s), g) for s, g in zip(shares, gradients, strict=True) if g is not None]
+        if not told:
+            return
+        share, gradient = max(told, key=lambda pair: pair[0])
+        squared = gradient.detach().double().square().sum() / share**2
         previous = self._squared_norms.get(step)
         self._squared_norms[step] = squared if previous is None else previous + squared
         if self._bar is not None and previous is None:

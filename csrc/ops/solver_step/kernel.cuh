@@ -102,6 +102,38 @@ __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
+// The guided output, in T; arithmetic in O, the dtype of guidance or float for the narrower ones.
+template <typename T, typename O>
+__device__ __forceinline__ void guide(const LinearMap& map, int64_t start, int count, T (&value)[kVector]) {
+  O conditional[kVector], unconditional[kVector];
+  load(map.term[map.guided], start, count, conditional);
+  load(map.second, start, count, unconditional);
+  const Scalar rounded = map.guidance_scalar;
+  const O guidance = static_cast<O>(map.guidance);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const O from = round_to(unconditional[i], rounded);
+    const O apart = round_to(add(round_to(conditional[i], rounded), -from), rounded);
+    value[i] = static_cast<T>(round_to(add(from, round_to(multiply(guidance, apart), rounded)), rounded));
+  }
+}
+
+// Gradients of both outputs from that of the guided one; arithmetic as above.
+template <typename T, typename O>
+__device__ __forceinline__ void split(const LinearMap& map, int64_t start, int count, const T (&value)[kVector]) {
+  O conditional[kVector], rest[kVector];
+  const Scalar rounded = map.guidance_scalar;
+  const O guidance = static_cast<O>(map.guidance);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const O whole = round_to(static_cast<O>(value[i]), rounded);
+    conditional[i] = round_to(multiply(whole, guidance), rounded);
+    rest[i] = round_to(add(whole, -conditional[i]), rounded);
+  }
+  store(map.row[map.guided], start, count, conditional);
+  store(map.extra, start, count, rest);
+}
+
 template <int kRows>
 using Sums = double[kRows][kVector];
 
@@ -173,18 +205,16 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_cons
 #pragma unroll 1
   for (; t < map.terms; ++t) {
     T value[kVector];
-    load(map.term[t], start, count, value);
     if (!kTransposed && has_second && t == map.guided) {
-      T other[kVector];
-      load(map.second, start, count, other);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        value[i] = add(other[i], multiply(static_cast<T>(map.guidance), add(value[i], -other[i])));
-      }
+      guides_in<T>(map) ? guide<T, T>(map, start, count, value) : guide<T, float>(map, start, count, value);
+    } else {
+      load(map.term[t], start, count, value);
     }
     accumulate<T, kRows>(map, t, value, sum);
   }
 
+  const bool splits = kTransposed && map.extra.data != nullptr;
+  T whole[kVector];  // the guided output's gradient: split once, behind the loop, not in each of its copies
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r < map.rows) {
@@ -201,20 +231,17 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_cons
           }
         }
       }
-      if (map.extra.data != nullptr && r == (kTransposed ? map.guided : 0)) {
-        T second[kVector];
+      if (splits && r == map.guided) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          second[i] = result[i];
-          if (kTransposed) {
-            result[i] = multiply(result[i], static_cast<T>(map.guidance));
-            second[i] = add(second[i], -result[i]);
-          }
-        }
-        store(map.extra, start, count, second);
+        for (int i = 0; i < kVector; ++i) whole[i] = result[i];
+      } else {
+        if (!kTransposed && map.extra.data != nullptr && r == 0) store(map.extra, start, count, result);
+        store(map.row[r], start, count, result);
       }
-      store(map.row[r], start, count, result);
     }
+  }
+  if (splits) {
+    guides_in<T>(map) ? split<T, T>(map, start, count, whole) : split<T, float>(map, start, count, whole);
   }
 }
 
