@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SEEDS = 6
 CORRECT = [
     "block_sum", "warp_sums", "transposition", "row_norm", "histogram", "half_warps", "prefix_sum", "numbers", "votes",
-    "strided", "wide",
+    "strided", "wide", "word_of_two_halves",
 ]  # fmt: skip
 
 HERE = r"by thread \(\d+, 0, 0\) of block \([01], 0, 0\) at defects\.cuh:\d+$"
@@ -30,6 +30,7 @@ DEFECTS = {
     "no_syncwarp": SHARED_RACE,
     "shuffle_for_syncwarp": SHARED_RACE,
     "syncwarp_of_half": SHARED_RACE,
+    "one_half_waited_for": SHARED_RACE,
     "syncwarp_for_syncthreads": SHARED_RACE,
     "write_after_read": SHARED_RACE,
     "branch_around_barrier": r"^deadlock in block \(0, 0, 0\): threads 40-63 have exited; "

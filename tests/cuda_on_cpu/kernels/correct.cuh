@@ -131,6 +131,22 @@ __global__ void half_warps(const int* from, int* to) {
   global_store(to + lane, value);
 }
 
+// A word that the halves of a warp read at different times; then all wait, and it is written again.
+__global__ void word_of_two_halves(const int* from, int* to) {
+  struct Storage {
+    int word;
+  };
+  Storage& shared = block_shared<Storage>();
+  if (threadIdx.x == 0) shared_store(&shared.word, global_load(from));
+  __syncwarp();
+  if (threadIdx.x >= 16) __syncwarp(0xFFFF0000u);
+  const int first = shared_load(&shared.word);
+  __syncwarp();
+  if (threadIdx.x == 20) shared_store(&shared.word, first + 1);
+  __syncwarp();
+  global_store(to + threadIdx.x, shared_load(&shared.word));
+}
+
 // Inclusive prefix sum of one block in dynamic shared memory: two rows that take turns.
 __global__ void prefix_sum(const int* from, int* to) {
   int* const rows = reinterpret_cast<int*>(dynamic_shared());

@@ -37,6 +37,17 @@ __global__ void syncwarp_of_half(const float* from, float* to) {
   global_store(to + threadIdx.x, shared_load(&shared.word[threadIdx.x ^ 16]));
 }
 
+// As word_of_two_halves, but one half alone is waited for.
+__global__ void one_half_waited_for(const float* from, float* to) {
+  Words& shared = block_shared<Words>();
+  if (threadIdx.x == 0) shared_store(&shared.word[0], global_load(from));
+  __syncwarp();
+  if (threadIdx.x >= 16) __syncwarp(0xFFFF0000u);
+  global_store(to + threadIdx.x, shared_load(&shared.word[0]));
+  if (threadIdx.x >= 16) __syncwarp(0xFFFF0000u);
+  if (threadIdx.x == 20) shared_store(&shared.word[0], 1.0f);
+}
+
 // __syncwarp where threads of two warps meet.
 __global__ void syncwarp_for_syncthreads(const float* from, float* to) {
   Words& shared = block_shared<Words>();

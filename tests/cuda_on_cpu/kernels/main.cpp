@@ -123,6 +123,13 @@ Counters half_warps(uint64_t seed) {
   return counters;
 }
 
+Counters word_of_two_halves(uint64_t seed) {
+  Buffer<int> from("from", std::vector<int>(1, 41)), to("to", 32);
+  const Counters counters = launch({1, 32, 0, seed}, [&] { kernels::word_of_two_halves(from.device(), to.device()); });
+  for (int i = 0; i < 32; ++i) expect("to", i, to[i], 42);
+  return counters;
+}
+
 Counters prefix_sum(uint64_t seed) {
   constexpr int length = 200;
   std::vector<int> values(length);
@@ -196,7 +203,7 @@ Case defect(Kernel kernel, dim3 grid = 1, dim3 block = 64, size_t to_length = 64
 const std::map<std::string, Case> cases = {
     CASE(block_sum), CASE(warp_sums), CASE(transposition), CASE(row_norm), CASE(histogram),
     CASE(half_warps), CASE(prefix_sum), CASE(numbers), CASE(votes), CASE(strided),
-    CASE(wide),
+    CASE(wide), CASE(word_of_two_halves), DEFECT(one_half_waited_for, 1, 32, 32),
     DEFECT(no_syncthreads), DEFECT(no_syncwarp, 1, 32, 32), DEFECT(shuffle_for_syncwarp, 1, 32, 32),
     DEFECT(syncwarp_of_half, 1, 32, 32), DEFECT(syncwarp_for_syncthreads), DEFECT(write_after_read, 1, 32, 32),
     DEFECT(branch_around_barrier), DEFECT(barrier_in_both_branches), DEFECT(syncwarp_in_branch),
