@@ -52,8 +52,10 @@ struct Plan {
   bool least_exact = true;   // proved: no plan has a lower peak
 };
 
-// The fastest plan whose peak stays within `budget` bytes and whose offloaded bytes sum to at most `host`. Every block
-// has a mode that offloads nothing or `host` allows each mode by itself; sums over the chain stay below 2^60.
-Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits);
+// The fastest plan whose peak stays within `budget` bytes and whose offloaded bytes sum to at most `host`, which allows
+// each mode by itself and some plan; sums over the chain stay below 2^59. Never slower than the greedy plan and those of
+// `seeds`, as far as they fit.
+Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits,
+           const std::vector<std::vector<int>>& seeds);
 
 }  // namespace prfl::planner

@@ -9,7 +9,7 @@ namespace prfl::planner {
 namespace {
 
 constexpr Int kNarrowest = 16;  // labels that go on, however little work is left
-constexpr Int kKeepWork = 8;    // a label that is kept costs about as much as so many that are not
+constexpr Int kKeepWork = 12;    // a label that is kept costs about as much as so many that are not
 
 struct Label {
   int node;
@@ -92,8 +92,10 @@ Int search(const Graph& graph, const std::vector<Grid>& grids, Int work, Int wid
         if (prefix * graph.unit + graph.need[i + 1][arc.target] > graph.budget) continue;
         const Int cost = label.cost + arc.cost;
         Int rest = 0;
-        for (const Grid& grid : grids) rest = std::max(rest, grid.bound(i + 1, arc.target, prefix, taken));
-        if (plan.found ? cost + rest >= plan.extra : rest >= kNever) continue;
+        const auto hopeless = [&] { return plan.found ? cost + rest >= plan.extra : rest >= kNever; };
+        for (std::size_t g = 0; g < grids.size() && !hopeless(); ++g)
+          rest = std::max(rest, grids[g].bound(i + 1, arc.target, prefix, taken));
+        if (hopeless()) continue;
         ++kept;
         next.push_back({arc.target, prefix, taken, cost, parent, arc.mode, cost + rest});
       }

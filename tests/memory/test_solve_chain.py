@@ -158,8 +158,9 @@ def test_the_twin_and_the_compiled_core_find_the_same(native: Any) -> None:
         budget, host = limits_of(rng, blocks, offload)
         chain = chain_of(blocks, host)
         host = min(host, sum(max(step.offloaded for step in block) for block in chain))
-        ours = twin.solve(chain, budget, host, limits)
-        assert ours == Solution(*native.solve_chain(chain, budget, host, limits))
+        seeds = [[rng.randrange(len(block)) for block in chain] for _ in range(rng.choice([0, 3]))]
+        ours = twin.solve(chain, budget, host, limits, seeds)
+        assert ours == Solution(*native.solve_chain(chain, budget, host, limits, seeds))
         capped += ours.found and ours.bound < ours.extra
         thinned += not ours.least_exact
     assert capped >= 5 and thinned >= 3  # else the comparison would say little about searches that are cut short
@@ -179,7 +180,7 @@ def test_a_search_cut_short_certifies_its_gap(native: Any, offload: bool) -> Non
         except InfeasibleBudget as error:
             budget = error.least_bytes
             best = solve_chain(blocks, budget, host_bytes=host, bytes_per_second=RATE)
-        cut = twin.solve(chain, budget, host, SCARCE if trial % 2 else SCARCE_ROOMY)
+        cut = twin.solve(chain, budget, host, SCARCE if trial % 2 else SCARCE_ROOMY, [])
         if not cut.found:  # only a thinned front may miss a plan so close to the least
             assert not cut.least_exact and cut.least > budget
             continue
@@ -321,11 +322,17 @@ def test_bad_input_is_one_error_that_names_the_argument(call: Any, error: type[E
 
 def test_a_missing_core_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prfl_fast._native", None)
-    door._native.cache_clear()
+    forget_the_core()
     try:
         with pytest.warns(UserWarning, match="compiled planner is not there") as caught:
             plan = solve_chain(OK, 2)
         assert len(caught) == 1 and plan.choice == (0,)
         solve_chain(OK, 2)  # a second warning would be an error
+        assert "_native" in str(door.missing_core())
     finally:
-        door._native.cache_clear()
+        forget_the_core()
+
+
+def forget_the_core() -> None:
+    door._load.cache_clear()
+    door._native.cache_clear()
