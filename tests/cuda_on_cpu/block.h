@@ -40,6 +40,13 @@ class Random {
   uint64_t state_;
 };
 
+// Bytes on their way to shared memory; see async_copy.h.
+struct AsyncCopy {
+  void* to;
+  std::array<unsigned char, 16> bytes;
+  Site site;
+};
+
 struct Thread {
   Fiber fiber;
   Index3 index{};
@@ -47,6 +54,7 @@ struct Thread {
   const char* waits_at = nullptr;  // the function that it waits in; null: it does not wait
   Site site{"", 0};                // of the wait
   std::array<uint32_t, 32> seen{};
+  std::deque<std::vector<AsyncCopy>> copies;  // groups of them, the last one still open
 };
 
 // A function that the lanes of `mask` call together. `slot[lane]` is what each brings, and where it finds its result.
@@ -84,6 +92,7 @@ class Block {
       thread.waits_at = nullptr;
       thread.seen.fill(0);
       thread.seen[thread.lane] = 1;
+      thread.copies.assign(1, {});
       thread.fiber.start(&body);
       ready_.push_back(i);
     }

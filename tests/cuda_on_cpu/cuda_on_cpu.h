@@ -7,7 +7,9 @@
 #define PRFL_CUDA_ON_CPU
 
 #include "access.h"
+#include "async_copy.h"
 #include "intrinsics.h"
 #include "launch.h"
+#include "matrix.h"
 #include "qualifiers.h"
 #include "warp.h"

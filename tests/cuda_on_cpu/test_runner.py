@@ -16,9 +16,13 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SEEDS = 6
 CORRECT = [
     "block_sum", "warp_sums", "transposition", "row_norm", "histogram", "half_warps", "prefix_sum", "numbers", "votes",
-    "strided", "wide", "word_of_two_halves",
+    "strided", "wide", "word_of_two_halves", "short_copies", "product_f16", "product_bf16", "product_by_rows",
 ]  # fmt: skip
 
+PRODUCT_RACE = (
+    r"^race, byte \d+ of shared 'block_shared' .*, with a (read|write) by thread \(\d+, 0, 0\) at matrix\.cuh:\d+: "
+    r"(read|write) of 16 bytes by thread \(\d+, 0, 0\) of block \(0, 0, 0\) at matrix\.cuh:\d+$"
+)
 HERE = r"by thread \(\d+, 0, 0\) of block \([01], 0, 0\) at defects\.cuh:\d+$"
 RACE = r"^race, byte \d+ of {} .*, with a (read|write|modification) by {} at defects\.cuh:\d+: \w+ of 4 bytes "
 SHARED_RACE = RACE.format("shared 'block_shared'", r"(thread \(\d+, 0, 0\)|warp \d)") + HERE
@@ -53,6 +57,11 @@ DEFECTS = {
     "shuffle_from_exited": r"^__shfl_xor_sync .*: lane 8 reads lane 24, which is inactive: only lanes 0-23 take",
     "shuffle_in_branch": r"^deadlock .*: threads 0-15 wait in __shfl_xor_sync .*; threads 16-63 wait in __syncthreads ",
     "mask_without_itself": r"calls __shfl_xor_sync at .* with a mask of lanes 16-31, which leaves itself out$",
+    "product_no_wait": r"^wrong result: c\[0\] is -?nan",
+    "product_early_read": r"^wrong result: c\[0\] is -?nan",
+    "product_no_syncwarp": PRODUCT_RACE,
+    "product_no_syncwarp_after": PRODUCT_RACE,
+    "product_half_a_warp": r"^load_matrices at matrix\.cuh:\d+: all lanes have to take part, only 0-15 do$",
     "plain_access": r"touches byte \d+ of global 'from' \(256 bytes\) without prfl::global_load or _store$",
     "wrong_space": r"^not shared memory, byte 0 of global 'from' \(256 bytes\): read of 4 bytes " + HERE,
     "no_dynamic_shared": r"asks for dynamic shared memory, of which the launch gives none$",
@@ -146,13 +155,23 @@ NVCC = next((path for path in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
 def test_nvcc_compiles_the_same_kernels(tmp_path: Path) -> None:
     # The accessors are the plain accesses there: 16 bytes at once, shared memory as shared memory, no stack.
     source = tmp_path / "kernels.cu"
-    source.write_text('#include "kernels/correct.cuh"\n')
-    ptx = tmp_path / "kernels.ptx"
-    command = [str(NVCC), "-std=c++17", "-arch=sm_80", "-ptx", f"-I{RUNNER}", f"-I{CSRC}", str(source), "-o", str(ptx)]
+    product = "template __global__ void kernels::matrix_product<{0}, {1}>(const {0}*, const {0}*, float*, int);\n"
+    source.write_text(
+        '#include "kernels/correct.cuh"\n#include "kernels/matrix.cuh"\n'
+        + product.format("prfl::Half", "false")
+        + product.format("prfl::BFloat16", "true")
+    )
+    command = [str(NVCC), "-std=c++17", "-arch=sm_80", "-cubin", "--keep", "--keep-dir", str(tmp_path)]
+    command += [f"-I{RUNNER}", f"-I{CSRC}", str(source), "-o", str(tmp_path / "kernels.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    code = ptx.read_text()
-    assert len(re.findall(r"\.entry", code)) == len(CORRECT)
+    code = (tmp_path / "kernels.ptx").read_text()
+    kernels = [name for name in CORRECT if not name.startswith("product")]
+    assert sorted(re.findall(r"\.entry _ZN7kernels\d+([a-z_]+?)(?:E|I)", code)) == sorted(
+        [*kernels, "matrix_product", "matrix_product"]
+    )
     assert "ld.global.v4.f32" in code or "ld.global.v4.b32" in code
     assert "st.shared" in code and "ld.shared" in code and ".local" not in code
     assert not re.search(r"\b(ld|st)\.(volatile\.)?[fubs]\d", code), "a generic access: the space was lost"
+    for instruction in ("f32.f16.f16.f32", "f32.bf16.bf16.f32", "x4.shared.b16", "x4.trans.shared.b16", "cp.async.cg"):
+        assert instruction in code

@@ -7,6 +7,7 @@
 #include "cuda_on_cpu.h"
 #include "kernels/correct.cuh"
 #include "kernels/defects.cuh"
+#include "kernels/matrix.cuh"
 
 namespace {
 
@@ -175,6 +176,40 @@ Counters wide(uint64_t seed) {
   return counters;
 }
 
+// Small integers: exact in every order. All of c is compared, for k of one to four stages.
+template <typename E, bool kByRows, kernels::Defect kDefect = kernels::Defect::none>
+Counters matrix_product(uint64_t seed) {
+  Counters counters;
+  for (int k : {16, 32, 64}) {
+    Random random(seed + k);
+    std::vector<E> a(16 * k), b(16 * k);
+    std::vector<double> exact(256);
+    for (auto* values : {&a, &b}) {
+      for (E& value : *values) value = prfl::narrow<E>(static_cast<float>(random.below(17)) - 8.0f);
+    }
+    for (int i = 0; i < 256; ++i) {
+      for (int j = 0; j < k; ++j) {
+        exact[i] += prfl::widen(a[i / 16 * k + j]) * prfl::widen(b[kByRows ? j * 16 + i % 16 : i % 16 * k + j]);
+      }
+    }
+    Buffer<E> from_a("a", a), from_b("b", b);
+    Buffer<float> to("c", 256);
+    counters = launch({1, 32, 0, seed}, [&] {
+      kernels::matrix_product<E, kByRows, kDefect>(from_a.device(), from_b.device(), to.device(), k);
+    });
+    for (int i = 0; i < 256; ++i) expect("c", i, to[i], exact[i]);
+  }
+  return counters;
+}
+
+Counters short_copies(uint64_t seed) {
+  const auto values = random_values(71, seed);
+  Buffer<float> from("from", values), to("to", 128);
+  const Counters counters = launch({1, 32, 0, seed}, [&] { kernels::short_copies(from.device(), to.device(), 71); });
+  for (int i = 0; i < 128; ++i) expect("to", i, to[i], i < 71 ? values[i] : 0.0f);
+  return counters;
+}
+
 // 64 floats and three bytes: the next float ends one byte too far.
 Counters one_byte_too_far(uint64_t seed) {
   Buffer<unsigned char> from("from", 64 * sizeof(float) + 3);
@@ -212,6 +247,15 @@ const std::map<std::string, Case> cases = {
     DEFECT(left_by_another_block, 2, 64, 128), DEFECT(misaligned), DEFECT(blocks_write_one_place, 2),
     DEFECT(blocks_read_and_write, 2, 64, 128), DEFECT(atomic_and_plain, 1, 64, 1), DEFECT(shuffle_from_inactive),
     DEFECT(shuffle_from_exited, 1, 32, 32), DEFECT(shuffle_in_branch), DEFECT(mask_without_itself),
+    CASE(short_copies),
+    {"product_f16", matrix_product<prfl::Half, false>},
+    {"product_bf16", matrix_product<prfl::BFloat16, false>},
+    {"product_by_rows", matrix_product<prfl::BFloat16, true>},
+    {"product_no_wait", matrix_product<prfl::BFloat16, false, kernels::Defect::no_wait>},
+    {"product_early_read", matrix_product<prfl::BFloat16, false, kernels::Defect::early_read>},
+    {"product_no_syncwarp", matrix_product<prfl::BFloat16, false, kernels::Defect::no_syncwarp>},
+    {"product_no_syncwarp_after", matrix_product<prfl::BFloat16, false, kernels::Defect::no_syncwarp_after>},
+    {"product_half_a_warp", matrix_product<prfl::BFloat16, false, kernels::Defect::half_a_warp>},
     DEFECT(plain_access), DEFECT(wrong_space), DEFECT(no_dynamic_shared), DEFECT(recursion_without_end),
 };
 
