@@ -163,7 +163,7 @@ def plan(out: Path, gpu: bool, wheels: Path | None) -> list[Stage]:
     bench += [] if gpu else ["solver_step", "query_pool"]
     stages.append(Stage("benchmarks", bench, 120, needs_gpu=False, must_say="complete"))
     cpu = [*pytest, "-m", "not gpu", "tests/ops", "tests/test_triton_interpreter.py"]
-    stages.append(Stage("other backends", cpu, 150, needs_gpu=False, must_say=r"\b[1-9]\d* passed"))
+    stages.append(Stage("other backends", cpu, 180, needs_gpu=False, must_say=r"\b[1-9]\d* passed"))
     return stages
 
 
