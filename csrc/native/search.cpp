@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <iterator>
-#include <map>
 #include <tuple>
+#include <utility>
 
 namespace prfl::planner {
 namespace {
@@ -22,8 +22,9 @@ struct Label {
 };
 
 bool by_state(const Label& a, const Label& b) {
-  return std::tie(a.node, a.prefix, a.taken, a.cost, a.parent, a.mode) <
-         std::tie(b.node, b.prefix, b.taken, b.cost, b.parent, b.mode);
+  if (a.node != b.node) return a.node < b.node;
+  if (a.prefix != b.prefix) return a.prefix < b.prefix;
+  return std::tie(a.taken, a.cost, a.parent, a.mode) < std::tie(b.taken, b.cost, b.parent, b.mode);
 }
 
 bool by_bound(const Label& a, const Label& b) {
@@ -32,17 +33,26 @@ bool by_bound(const Label& a, const Label& b) {
 
 void drop_dominated(std::vector<Label>& labels) {
   std::sort(labels.begin(), labels.end(), by_state);
-  std::map<Int, Int> stairs;  // host bytes -> least cost so far with at most as many; costs fall from step to step
+  // Host bytes -> least cost so far with at most as many; costs fall from step to step.
+  std::vector<std::pair<Int, Int>> stairs;
   int node = -1;
   std::size_t kept = 0;
   for (std::size_t i = 0; i < labels.size(); ++i) {
     const Label label = labels[i];
     if (label.node != node) stairs.clear();
     node = label.node;
-    const auto above = stairs.upper_bound(label.taken);
+    const auto above = std::upper_bound(stairs.begin(), stairs.end(), label.taken,
+                                        [](Int taken, const auto& stair) { return taken < stair.first; });
     if (above != stairs.begin() && std::prev(above)->second <= label.cost) continue;
-    auto next = std::next(stairs.insert_or_assign(label.taken, label.cost).first);
-    while (next != stairs.end() && next->second >= label.cost) next = stairs.erase(next);
+    const auto at = above != stairs.begin() && std::prev(above)->first == label.taken ? std::prev(above) : above;
+    auto end = at;
+    while (end != stairs.end() && end->second >= label.cost) ++end;
+    if (end == at) {
+      stairs.insert(at, {label.taken, label.cost});
+    } else {
+      *at = {label.taken, label.cost};
+      stairs.erase(std::next(at), end);
+    }
     labels[kept++] = label;
   }
   labels.resize(kept);
