@@ -148,8 +148,8 @@ def compiled(state: Sequence[Tensor], outputs: Sequence[Tensor], tiny: bool) -> 
     torch.compiler.reset()
     run = torch.compile(plain)
     try:
-        # Its backward is compiled with it.
-        torch.autograd.backward([r.sum() for r in run(state, outputs)], inputs=[])
+        results = run(state, outputs)
+        torch.autograd.grad(results, [*state, *outputs], [torch.zeros_like(r) for r in results])
     except torch._dynamo.exc.TorchDynamoException as error:
         raise AbsentError(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}") from None
     return lambda: run(state, outputs)

@@ -20,19 +20,22 @@ _MOST_FLUSHES = 32
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of single runs: median, 20th and 80th percentile, and how many runs there were."""
+    """Microseconds of single runs: median, 20th and 80th percentile, least, and how many runs there were."""
 
     median_us: float
     p20_us: float
     p80_us: float
+    min_us: float
     runs: int
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
         """From at least two runs."""
         cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-        median, p20, p80 = (round(1e6 * s, 3) for s in (statistics.median(seconds), cuts[1], cuts[7]))
-        return cls(median, p20, p80, len(seconds))
+        median, p20, p80, least = (
+            round(1e6 * s, 3) for s in (statistics.median(seconds), cuts[1], cuts[7], min(seconds))
+        )
+        return cls(median, p20, p80, least, len(seconds))
 
 
 def measure(work: Work, device: torch.device, seconds: float) -> Times:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_all_that_are_here_are_right(name: str) -> None:
             assert "median_us" not in row
             continue
         assert row["direction"] in ("forward", "backward") and row["runs"] >= 5
-        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert 0 < row["min_us"] <= row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["error_over_tolerance"] <= 1
         speed = row["bytes"] / row["median_us"] * 1e6 / row["copy_bytes_per_second"]
         assert math.isclose(row["share_of_copy_speed"], speed, rel_tol=1e-2, abs_tol=1e-4)
@@ -128,6 +129,15 @@ def test_a_compiler_that_does_not_work_is_absent(monkeypatch: pytest.MonkeyPatch
     contest = solver_contest()
     with pytest.raises(AbsentError, match="torch.compile does not work here: no compiler$"):
         bench_solver_step.compiled(contest.inputs[:4], contest.inputs[4:], tiny=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_compiled_peer_is_right() -> None:
+    contest = bench_solver_step.contest("odd", (3, 2, 5, 7), CPU, tiny=False)
+    (peer,) = (c for c in contest.contestants if c.name == "torch.compile")
+    rows = list(dataclasses.replace(contest, contestants=(peer,)).rows(TINY))
+    assert [row.get("direction") for row in rows] == ["forward", "backward"], rows
 
 
 def test_the_step_is_the_schedulers() -> None:

@@ -76,7 +76,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_times_are_quantiles_of_the_runs() -> None:
     times = measure.Times.of([k * 1e-6 for k in range(1, 12)])  # 1 to 11 us
-    assert (times.median_us, times.p20_us, times.p80_us, times.runs) == (6.0, 3.0, 9.0, 11)
+    assert (times.median_us, times.p20_us, times.p80_us, times.min_us, times.runs) == (6.0, 3.0, 9.0, 1.0, 11)
 
 
 def test_work_runs_warm_and_often_enough() -> None:
