@@ -72,7 +72,7 @@ def run_chain(request: Request) -> Sample:
     )
     lanes = [_Lane(tuple(range(len(mode.taps))), solver.initial_state(request.latents))]
     taps: dict[int, Tap] = {}
-    x, prediction = request.latents, Prediction(request.latents)
+    last_input = last_prediction = request.latents
     steps = range(request.start_step, request.last_step)
     with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
         for step in bar:
@@ -92,6 +92,8 @@ def run_chain(request: Request) -> Sample:
             # After the calls, as in the scheduler's own loop: dropout and noise may share a generator.
             x, prediction = parted[0][0].state[0], predictions[0]
             noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
+            if step + 1 == request.last_step:
+                last_input, last_prediction = x, prediction.combined()
             lanes = []
             for (lane, _), made in zip(parted, predictions, strict=True):
                 state = solver.step(
@@ -104,15 +106,17 @@ def run_chain(request: Request) -> Sample:
                     guidance_scale=made.scale,
                 )
                 lanes.append(_Lane(lane.taps, state))
+            del x, prediction, predictions, made, noise  # the next calls would live beside them
+            for lane in lanes:
                 for tap in lane.taps:
                     if mode.taps[tap] == step + 1:
-                        taps[tap] = _tap(request, run, state[0], step + 1)
+                        taps[tap] = _tap(request, run, lane.state[0], step + 1)
     return Sample(
         taps=tuple(taps[k] for k in range(len(mode.taps))),
         plan=request.plan,
         gradient_mode=mode.name,
         _run=run,
-        _last_input=x,
-        _last_prediction=prediction.combined(),
+        _last_input=last_input,
+        _last_prediction=last_prediction,
         _original=solver.original_coefficients(request.last_step - 1),
     )

@@ -81,7 +81,8 @@ class Run:
         if not told:
             return
         share, gradient = max(told, key=lambda pair: pair[0])
-        squared = gradient.detach().double().square().sum() / share**2
+        # One float64 copy at a time: it is the largest tensor that a backward has beside the network's own.
+        squared = (torch.linalg.vector_norm(gradient.detach().double()) / share).square()
         previous = self._squared_norms.get(step)
         self._squared_norms[step] = squared if previous is None else previous + squared
         if self._bar is not None and previous is None:

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from prfl_fast.sampling.calls import Caller
-from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import CONSTANT, EXACT, StepWeights
 from prfl_fast.sampling.request import Conditioning, Request
 from prfl_fast.sampling.run import Run
@@ -253,7 +252,7 @@ def run_steps(request: Request) -> Sample:
     differentiated = [i for i in range(request.start_step, request.last_step) if request.differentiated(i)]
     state = solver.initial_state(request.latents.detach())
     taps: dict[int, Tap] = {}
-    x, prediction = state[0], Prediction(state[0])
+    last_input = last_prediction = request.latents
     steps = range(request.start_step, request.last_step)
     with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
         for step in bar:
@@ -275,6 +274,8 @@ def run_steps(request: Request) -> Sample:
                 record.prediction, record.state, record.noise = prediction.output, state, noise
             if step in differentiated or not solver.linear:
                 tape.record(step, record)
+            if step + 1 == request.last_step:
+                last_input, last_prediction = x.detach(), prediction.combined()
             with torch.no_grad():
                 state = solver.step(
                     step,
@@ -285,6 +286,7 @@ def run_steps(request: Request) -> Sample:
                     unconditional=prediction.unconditional,
                     guidance_scale=prediction.scale,
                 )
+            del x, prediction, record, noise  # the next calls would live beside them
             for index, tap in enumerate(mode.taps):
                 if tap == step + 1:
                     leaf = state[0].detach().clone()
@@ -295,8 +297,8 @@ def run_steps(request: Request) -> Sample:
         plan=request.plan,
         gradient_mode=mode.name,
         _run=run,
-        _last_input=x.detach(),
-        _last_prediction=prediction.combined(),
+        _last_input=last_input,
+        _last_prediction=last_prediction,
         _original=solver.original_coefficients(request.last_step - 1),
         _tape=tape,
     )
