@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "demo": {"sampling", "reward", ""},  # uses the public face, as a user does
     "twin": set(),
     "exactness": {"sampling", "twin"},
-    "doctor": {"_env", "exactness", "ops", ""},
+    "doctor": {"_env", "exactness", "memory", "ops", ""},
     "benchmarks": {"ops", "memory", ""},
     "cli": {"benchmarks", "demo", "doctor", ""},
     "": {"memory", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
