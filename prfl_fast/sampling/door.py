@@ -20,8 +20,10 @@ from prfl_fast.sampling.modes import GeneratorLike, GradientMode, ResolvedMode, 
 from prfl_fast.sampling.request import Conditioning, PrepareInput, Request
 from prfl_fast.sampling.sample import Sample
 from prfl_fast.sampling.steps import run_steps
+from prfl_fast.sampling.transaction import random_state_back_on_failure
 from prfl_fast.solvers import make_solver
 from prfl_fast.solvers.base import Solver
+from prfl_fast.solvers.refused import refuse_unsupported
 
 ConditioningLike = Conditioning | Callable[[int, Tensor], Conditioning] | None
 Scale = float | Callable[[int], float]
@@ -116,47 +118,48 @@ def unrolled_sample(
     _check_scheduler(scheduler)
     if num_inference_steps is not None and (not _is_int(num_inference_steps) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected a whole number from 1, or None, got {num_inference_steps!r}")
-    table = make_solver(scheduler, num_inference_steps, start_step=_start(start_step), kind=solver)
-    mode = _mode(gradient, table, start_step, stop_step, supervise, generator)
-    timesteps = table.timesteps.to(latents.device)
-    steps = range(start_step, mode.taps[-1])
+    with random_state_back_on_failure(latents, generator):
+        table = make_solver(scheduler, num_inference_steps, start_step=_start(start_step), kind=solver)
+        mode = _mode(gradient, table, start_step, stop_step, supervise, generator)
+        timesteps = table.timesteps.to(latents.device)
+        steps = range(start_step, mode.taps[-1])
 
-    networks = _networks(
-        adapters, table, steps, scheduler, boundary_ratio, guidance_scale, guidance_scale_2, negative_conditioning
-    )
-    positive = _per_step("conditioning", conditioning, steps, timesteps)
-    negative = _per_step("negative_conditioning", negative_conditioning, steps, timesteps)
-    negative = _merge(positive, negative)
-    for adapter in adapters:
-        for keywords in {id(k): k for k in (*positive, *negative)}.values():
-            adapter.validate(latents, keywords, prepared=prepare_input is not None)
-    _check_mask(latent_mask, latents)
-    modules = tuple(m for m in (adapter.module() for adapter in adapters) if m is not None)
-    request = Request(
-        latents=latents,
-        solver=table,
-        timesteps=timesteps,
-        start_step=start_step,
-        mode=mode,
-        networks=networks,
-        conditioning=positive,
-        negative=negative,
-        guidance=Guidance(guidance_fn, guidance_gradient == "both"),
-        prepare_input=prepare_input,
-        latent_mask=latent_mask,
-        plan=plan if plan is not None else choose_plan(None),
-        modules=modules,
-        generator=generator,
-        verify_recompute=verify_recompute,
-        detect_nonfinite=detect_nonfinite,
-        progress=progress,
-    )
-    _check_gradient(request, len(adapters))
-    if memory_budget is not None:
-        if plan is not None:
-            raise ValueError("memory_budget, plan: expected one of the two, got both")
-        request = plan_for(request, memory_budget, graph)
-    return run_chain(request) if graph == "chain" else run_steps(request)
+        networks = _networks(
+            adapters, table, steps, scheduler, boundary_ratio, guidance_scale, guidance_scale_2, negative_conditioning
+        )
+        positive = _per_step("conditioning", conditioning, steps, timesteps)
+        negative = _per_step("negative_conditioning", negative_conditioning, steps, timesteps)
+        negative = _merge(positive, negative)
+        for adapter in adapters:
+            for keywords in {id(k): k for k in (*positive, *negative)}.values():
+                adapter.validate(latents, keywords, prepared=prepare_input is not None)
+        _check_mask(latent_mask, latents)
+        modules = tuple(m for m in (adapter.module() for adapter in adapters) if m is not None)
+        request = Request(
+            latents=latents,
+            solver=table,
+            timesteps=timesteps,
+            start_step=start_step,
+            mode=mode,
+            networks=networks,
+            conditioning=positive,
+            negative=negative,
+            guidance=Guidance(guidance_fn, guidance_gradient == "both"),
+            prepare_input=prepare_input,
+            latent_mask=latent_mask,
+            plan=plan if plan is not None else choose_plan(None),
+            modules=modules,
+            generator=generator,
+            verify_recompute=verify_recompute,
+            detect_nonfinite=detect_nonfinite,
+            progress=progress,
+        )
+        _check_gradient(request, len(adapters))
+        if memory_budget is not None:
+            if plan is not None:
+                raise ValueError("memory_budget, plan: expected one of the two, got both")
+            request = plan_for(request, memory_budget, graph)
+        return run_chain(request) if graph == "chain" else run_steps(request)
 
 
 def _is_int(value: object) -> bool:
@@ -190,6 +193,7 @@ def _check_generator(generator: Any, latents: Tensor) -> None:
 
 
 def _check_scheduler(scheduler: Any) -> None:
+    refuse_unsupported(scheduler)
     missing = [name for name in ("set_timesteps", "step", "config") if not hasattr(scheduler, name)]
     if missing:
         raise TypeError(
