@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prfl_fast.solvers.adapters import adapted, evaluations
+from prfl_fast.solvers.refused import refuse_unsupported
+
 # What diffusers' schedulers change while they step. A scheduler that ran a pipeline before has all of it stale, graphs
 # and large tensors included, so none of it is copied.
 RUN_STATE = (
@@ -72,7 +75,8 @@ def copy_scheduler(scheduler: Any) -> Any:
     """A copy on the CPU: everything but the run state, which comes fresh from an instance of the same configuration."""
     kind: Any = type(scheduler)
     fresh = vars(kind.from_config(scheduler.config))
-    result = kind.__new__(kind)
+    derived = adapted(kind)
+    result = derived.__new__(derived)
     for name, value in vars(scheduler).items():
         if name not in RUN_STATE:
             result.__dict__[name] = _copied(value)
@@ -108,9 +112,10 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
     cut to match it: ``start_step`` says where to begin.
 
     Raises:
-        TypeError: no diffusers scheduler.
+        TypeError: no diffusers scheduler, or one that is refused by name.
         ValueError: timesteps never set, refused by ``set_timesteps``, or ``start_step`` out of range.
     """
+    refuse_unsupported(scheduler)
     name = type(scheduler).__name__
     missing = [a for a in ("config", "from_config", "set_timesteps", "step") if not hasattr(scheduler, a)]
     if missing or isinstance(scheduler, type):
@@ -130,6 +135,7 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
     else:
         begin = getattr(scheduler, "_begin_index", None)
     timesteps = torch.as_tensor(private.timesteps).detach().to("cpu", copy=True)
+    timesteps = timesteps[: evaluations(type(scheduler), len(timesteps))]
     count = len(timesteps)
     if not 0 <= start_step < count:
         raise ValueError(f"start_step: expected a step in 0..{count - 1}, got {start_step}")

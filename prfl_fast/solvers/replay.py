@@ -99,8 +99,15 @@ class Replay:
             return supply(shape, dtype, device)
 
         options = {**self._options, "return_dict": True} if "return_dict" in self._options else self._options
-        with Draws(counted):
-            result = self.scheduler.step(model_output, self._times[i], x, **options)
+        try:
+            with Draws(counted):
+                result = self.scheduler.step(model_output, self._times[i], x, **options)
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            # NotImplementedError, which some raise for settings of theirs, is a RuntimeError.
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} fails in step {i} of {self.num_steps} with these settings: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.num_draws[i] = count
         after = Snapshot(self.scheduler, _is_slot)
         self._before[i + 1] = after
