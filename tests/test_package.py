@@ -24,14 +24,15 @@ ARROWS: dict[str, set[str]] = {
     "solvers": {"ops"},
     "memory": {"ops"},
     "models": {"ops", "memory"},
-    "sampling": {"ops", "solvers", "memory", "models"},
+    "pixels": set(),
+    "sampling": {"ops", "solvers", "memory", "models", "pixels"},
     "reward": {"ops", "models"},
     "demo": {"sampling", "reward", ""},  # uses the public face, as a user does
     "twin": set(),
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", ""},
     "cli": {"demo", "doctor", ""},
-    "": {"memory", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
+    "": {"memory", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 
 # What no import may bring: the extras, and what is slow to load and only needed by some functions.

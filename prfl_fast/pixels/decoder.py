@@ -56,8 +56,11 @@ class PixelDecoder:
         self.latent_shape = latent_shape
         self._family: Family = family
 
-    def check(self, latents: Tensor) -> None:
-        """Raises ValueError where these latents can't be decoded."""
+    def count_latent_frames(self, latents: Tensor) -> int:
+        """Latent frames in the latents, those that ``latent_frames`` leaves out too.
+
+        Raises ValueError where the latents can't be decoded.
+        """
         channels = int(getattr(self.vae.config, self._family.channels))
         if self.latent_shape is not None:
             frames, height, width = self.latent_shape
@@ -67,17 +70,20 @@ class PixelDecoder:
                     f"latents: expected packed ones [B, S, C] of shape {expected} (latent_shape={self.latent_shape}), "
                     f"got {tuple(latents.shape)}"
                 )
-            count = frames
-        else:
-            channel_dim = 3 - self._family.time_dim
-            if latents.ndim != 5 or latents.shape[channel_dim] != channels:
-                layout = "[B, C, F, H, W]" if channel_dim == 1 else "[B, F, C, H, W]"
-                packed = "; for packed ones give latent_shape=(F, H, W)" if self._family.packed else ""
-                raise ValueError(
-                    f"latents: expected {layout} with {channels} channels for {type(self.vae).__name__}, "
-                    f"got {tuple(latents.shape)}{packed}"
-                )
-            count = latents.shape[self._family.time_dim]
+            return frames
+        channel_dim = 3 - self._family.time_dim
+        if latents.ndim != 5 or latents.shape[channel_dim] != channels:
+            layout = "[B, C, F, H, W]" if channel_dim == 1 else "[B, F, C, H, W]"
+            packed = "; for packed ones give latent_shape=(F, H, W)" if self._family.packed else ""
+            raise ValueError(
+                f"latents: expected {layout} with {channels} channels for {type(self.vae).__name__}, "
+                f"got {tuple(latents.shape)}{packed}"
+            )
+        return int(latents.shape[self._family.time_dim])
+
+    def check(self, latents: Tensor) -> None:
+        """Raises ValueError where these latents can't be decoded."""
+        count = self.count_latent_frames(latents)
         if self.latent_frames is not None and not range(count)[self.latent_frames]:
             raise ValueError(f"latent_frames: {self.latent_frames} takes none of {count} latent frames")
 
@@ -120,7 +126,7 @@ def decoder_for(decode: Any, latents: Tensor) -> Decode:
     Raises:
         TypeError, ValueError: neither of these, or latents that it can't decode.
     """
-    if isinstance(decode, nn.Module) and (hasattr(decode, "decode") or family_of(decode) is not None):
+    if isinstance(decode, nn.Module) and hasattr(decode, "decode"):
         decode = PixelDecoder(decode)
     if isinstance(decode, PixelDecoder):
         decode.check(latents)

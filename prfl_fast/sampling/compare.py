@@ -130,7 +130,8 @@ def compare_gradients(
 
     Args:
         transformer, scheduler, latents, num_inference_steps: as in :func:`unrolled_sample`.
-        reward: ``reward(latents, timestep)`` -> values, summed over nothing and averaged here.
+        reward: ``reward(latents, timestep)`` -> values, summed over nothing and averaged here; with ``decode=`` among
+            the arguments ``reward(frames, timestep)``.
         modes: gradient modes to compare; the exact one is run first in any case.
         generator_seed: every mode starts from this seed, so that random modes, noise and dropout repeat.
         **arguments: further arguments of :func:`unrolled_sample`; ``gradient`` and ``generator`` are set here.
@@ -164,7 +165,8 @@ def compare_gradients(
             sample = unrolled_sample(
                 transformer, scheduler, latents, num_inference_steps, gradient=mode, generator=generator, **arguments
             )
-            values = [reward(tap.latents, tap.timestep).mean() for tap in sample.taps]
+            decode = sample.decode if arguments.get("decode") is not None else _as_they_are
+            values = [reward(decode(tap.latents), tap.timestep).mean() for tap in sample.taps]
             torch.stack(values).sum().backward(inputs=None if sharded else parameters)
         return sample.network_calls
 
@@ -178,6 +180,10 @@ def compare_gradients(
         name = mode if isinstance(mode, str) else "custom"
         rows.append(GradientRow(name, cosine, ratio, calls, seconds, peak))
     return GradientComparison(tuple(rows))
+
+
+def _as_they_are(latents: Tensor) -> Tensor:
+    return latents
 
 
 def _check_modes(

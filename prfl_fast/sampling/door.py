@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from prfl_fast.memory.plan import MemoryPlan, choose_plan
 from prfl_fast.models import adapter_for, refuse_unusable
 from prfl_fast.models.base import Adapter
+from prfl_fast.pixels import decoder_for
 from prfl_fast.sampling.budgeting import plan_for
 from prfl_fast.sampling.chain import run_chain
 from prfl_fast.sampling.guidance import Guidance, GuidanceFunction, StepNetwork
@@ -48,6 +50,7 @@ def unrolled_sample(
     guidance_scale_2: Scale | None = None,
     prepare_input: PrepareInput | None = None,
     latent_mask: Tensor | None = None,
+    decode: Any = None,
     solver: str = "auto",
     gradient: str | GradientMode = "full",
     graph: str = "chain",
@@ -83,6 +86,9 @@ def unrolled_sample(
         prepare_input: ``(x, timestep, step) -> overrides`` of the network's keywords (``hidden_states``, ``timestep``,
             ...), part of the differentiated call; must be a pure function.
         latent_mask: broadcastable to the latents; only elements where it is true are updated.
+        decode: for rewards on pixels: the pipeline's VAE, a :class:`~prfl_fast.pixels.PixelDecoder`, or a function of
+            the latents; then ``sample.frames`` has frames ``[B, C, T, H, W]`` in 0..1 with a gradient. Nothing is
+            decoded before it is asked for. Its memory (one chunk's graph) comes on top of ``memory_budget``.
         solver: ``"table"``: fused linear steps; ``"scheduler"``: its own ``step`` in the graph, bit for bit the
             pipeline's latents; ``"auto"``: the table where the scheduler proves linear.
         gradient: see :mod:`prfl_fast.sampling.modes`.
@@ -134,6 +140,7 @@ def unrolled_sample(
             for keywords in {id(k): k for k in (*positive, *negative)}.values():
                 adapter.validate(latents, keywords, prepared=prepare_input is not None)
         _check_mask(latent_mask, latents)
+        decoder = None if decode is None else decoder_for(decode, latents)
         modules = tuple(m for m in (adapter.module() for adapter in adapters) if m is not None)
         request = Request(
             latents=latents,
@@ -159,7 +166,8 @@ def unrolled_sample(
             if plan is not None:
                 raise ValueError("memory_budget, plan: expected one of the two, got both")
             request = plan_for(request, memory_budget, graph)
-        return run_chain(request) if graph == "chain" else run_steps(request)
+        sample = run_chain(request) if graph == "chain" else run_steps(request)
+    return sample if decoder is None else replace(sample, _decode=decoder)
 
 
 def _is_int(value: object) -> bool:

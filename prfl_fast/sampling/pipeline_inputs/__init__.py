@@ -8,6 +8,7 @@ from typing import Any
 
 from prfl_fast.sampling.pipeline_inputs import cogvideox, hunyuan_video, ltx, wan, wan_vace
 from prfl_fast.sampling.pipeline_inputs.arguments import Arguments, complete, private_view
+from prfl_fast.sampling.pipeline_inputs.decoding import check_decode, pixel_decoder
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def pipeline_inputs(
     guidance_scale: float | None = None,
     generator: Any = None,
     latents: Any = None,
+    decode: bool = False,
     **extras: Any,
 ) -> dict[str, Any]:
     """Builds the call of ``unrolled_sample`` that samples what ``pipe(...)`` would sample.
@@ -60,6 +62,9 @@ def pipeline_inputs(
             their call.
         prompt, negative_prompt, image, height, width, num_frames, num_inference_steps, guidance_scale, generator,
             latents: as for ``pipe(...)``; None is the pipeline's own default.
+        decode: also give ``decode``, the pipeline's VAE with what this family's latents need (the sizes that packed
+            latents stand for; frames that the pipeline drops before it decodes), so that ``sample.frames`` is what the
+            pipeline would show. Freeze the VAE unless it shall learn.
         extras: further arguments of the pipeline's call that shape the latents: ``prompt_embeds``,
             ``guidance_scale_2`` and ``last_image`` (Wan), ``video``, ``mask``, ``reference_images`` and
             ``conditioning_scale`` (VACE), ``true_cfg_scale`` and ``prompt_template`` (HunyuanVideo), ``frame_rate``
@@ -93,8 +98,11 @@ def pipeline_inputs(
     }
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"pipe: this {type(pipe).__name__} holds no transformer")
+    if decode:
+        check_decode(pipe)
     arguments = complete(pipe, given, family.arguments, family.defaults(pipe), family.instead_of_image)
-    return family.build(private_view(pipe), arguments)
+    inputs = family.build(private_view(pipe), arguments)
+    return inputs | {"decode": pixel_decoder(pipe, arguments, inputs)} if decode else inputs
 
 
 def _family(pipe: Any) -> _Family:
