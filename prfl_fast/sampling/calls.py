@@ -21,6 +21,9 @@ from prfl_fast.sampling.request import Conditioning, Request
 from prfl_fast.sampling.run import Run
 from prfl_fast.sampling.watch import CallWatch
 
+# diffusers' hooks that change a layer's weights for the duration of its forward.
+_WEIGHT_HOOKS = {"layerwise_casting", "group_offloading"}
+
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
@@ -67,8 +70,21 @@ def _must_run_to_its_end(network: Any, own_backwards: bool) -> bool:
     if not isinstance(network, nn.Module):
         return True
     parts = list(network.modules())
-    hooked = any(getattr(getattr(part, "_diffusers_hook", None), "hooks", None) for part in parts)
+    hooked = any(_WEIGHT_HOOKS & getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).keys() for part in parts)
     return hooked or (own_backwards and any(isinstance(part, DistributedDataParallel) for part in parts))
+
+
+@contextmanager
+def _hooks_finished(module: nn.Module) -> Iterator[None]:
+    """diffusers' layerwise casting and group offload put a layer's weights back only when its forward is left well."""
+    try:
+        yield
+    except BaseException:
+        for part in module.modules():
+            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+            for name in _WEIGHT_HOOKS & hooks.keys():
+                hooks[name].post_forward(part, None)
+        raise
 
 
 def detach_conditioning(conditioning: Conditioning) -> Conditioning:
@@ -108,6 +124,10 @@ class Caller:
             if run.in_backward:
                 run.guard.check()
             module = adapter.module()
+            if id(adapter.network) in self._whole:
+                stack.enter_context(set_checkpoint_early_stop(False))  # of blocks that are checkpoints themselves
+                if module is not None:
+                    stack.enter_context(_hooks_finished(module))
             if freeze and module is not None:
                 stack.enter_context(_frozen(module))
             if torch.is_grad_enabled() and module is not None:

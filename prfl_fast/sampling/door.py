@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from prfl_fast.memory.plan import MemoryPlan, choose_plan
 from prfl_fast.models import adapter_for, refuse_unusable
 from prfl_fast.models.base import Adapter
+from prfl_fast.models.unusable import refuse_rounded_gradients
 from prfl_fast.pixels import decoder_for
 from prfl_fast.sampling.budgeting import plan_for
 from prfl_fast.sampling.chain import run_chain
@@ -336,6 +337,8 @@ def _check_gradient(request: Request, num_networks: int) -> None:
             f"gradient={request.mode.name!r}, but gradients are switched off here (torch.no_grad or "
             "torch.set_grad_enabled(False)). Call under torch.enable_grad(), or pass gradient='none' to sample only."
         )
+    for module in request.modules:
+        refuse_rounded_gradients(module)
     opaque = len(request.modules) < num_networks
     weights = [m.weights(i) for m in request.mode.masks for i in range(request.start_step, request.last_step)]
     if opaque and any(w.parameters == 0 and w.input != 0 for w in weights):
