@@ -26,6 +26,8 @@ SIGMA_MIN: Settings = {"final_sigmas_type": "sigma_min"}
 ZERO_SNR: Settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **V}
 UNCLIPPED: Settings = {"clip_sample": False}
 SDE: Settings = {"algorithm_type": "sde-dpmsolver++"}
+# Half of the elements are cut, so that the rest have a gradient.
+THRESHOLD: Settings = {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 100.0}
 BH1: Settings = {"solver_type": "bh1", **SIGMA_MIN}
 
 
@@ -85,7 +87,7 @@ _DDIM = _Listed(
         {"set_alpha_to_one": False, "steps_offset": 1},
         {"timestep_spacing": "linspace", "beta_schedule": "squaredcos_cap_v2"},
     ),
-    (EPSILON, {"thresholding": True, "clip_sample": False}),
+    (EPSILON, {**THRESHOLD, **UNCLIPPED}),
 )
 _DDPM = _Listed(
     _with(
@@ -98,7 +100,7 @@ _DDPM = _Listed(
         {"variance_type": "fixed_large"},
         {"timestep_spacing": "linspace"},
     ),
-    (EPSILON, {"thresholding": True, "clip_sample": False}),
+    (EPSILON, {**THRESHOLD, **UNCLIPPED}),
 )
 _K_DIFFUSION = (EPSILON, V, KARRAS, EXPONENTIAL, BETA, {"timestep_spacing": "trailing"}, {**V, **KARRAS})
 
@@ -109,6 +111,9 @@ SUPPORTED: dict[str, _Listed] = {
     ),
     "CogVideoXDPMScheduler": _Listed((EPSILON, V, SAMPLE, ZERO_SNR, {"timestep_spacing": "linspace"})),
     "ConsistencyDecoderScheduler": _Listed((EPSILON,), steps=2),
+    "CosineDPMSolverMultistepScheduler": _Listed(
+        (EPSILON, V, {"solver_order": 1}, {"solver_type": "heun"}, {"sigma_schedule": "karras", "rho": 7.0})
+    ),
     "DDIMInverseScheduler": _Listed(_with(UNCLIPPED, EPSILON, V), (EPSILON,)),
     "DDIMParallelScheduler": _DDIM,
     "DDIMScheduler": _DDIM,
@@ -125,11 +130,11 @@ SUPPORTED: dict[str, _Listed] = {
             {"lower_order_final": False, "solver_order": 3},
             FLOW,
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
     ),
     "DPMSolverMultistepInverseScheduler": _Listed(
         (*({"solver_order": order} for order in (1, 2, 3)), V, SAMPLE, {"solver_type": "heun"}, KARRAS, EXPONENTIAL),
-        ({"thresholding": True},),
+        (THRESHOLD,),
     ),
     "DPMSolverMultistepScheduler": _Listed(
         (
@@ -154,9 +159,10 @@ SUPPORTED: dict[str, _Listed] = {
             {"timestep_spacing": "trailing", **SIGMA_MIN},
             {**FLOW, "use_dynamic_shifting": True},
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
         {27: {"mu": 0.9}},
     ),
+    "DPMSolverSDEScheduler": _Listed(_with({"noise_sampler_seed": 3}, EPSILON, V, KARRAS, EXPONENTIAL, BETA)),
     "DPMSolverSinglestepScheduler": _Listed(
         (
             *({"solver_order": order} for order in (1, 2, 3)),
@@ -171,7 +177,7 @@ SUPPORTED: dict[str, _Listed] = {
             FLOW,
             {**FLOW, "use_dynamic_shifting": True},
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
         {14: {"mu": 0.9}},
     ),
     "EDMDPMSolverMultistepScheduler": _Listed(
@@ -184,7 +190,7 @@ SUPPORTED: dict[str, _Listed] = {
             {"sigma_schedule": "exponential", **SIGMA_MIN},
             {"euler_at_final": True},
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
     ),
     "EDMEulerScheduler": _Listed((EPSILON, V, {"sigma_schedule": "exponential"}, SIGMA_MIN)),
     "EulerAncestralDiscreteScheduler": _Listed((EPSILON, V, ZERO_SNR, {"timestep_spacing": "leading"})),
@@ -193,6 +199,7 @@ SUPPORTED: dict[str, _Listed] = {
             *_K_DIFFUSION,
             SIGMA_MIN,
             ZERO_SNR,
+            SAMPLE,
             {"interpolation_type": "log_linear"},
             {"timestep_type": "continuous", "sigma_min": 0.01, "sigma_max": 80.0, **V, **KARRAS},
         )
@@ -219,11 +226,11 @@ SUPPORTED: dict[str, _Listed] = {
         (EPSILON, {"shift": 3.0}, KARRAS, {"use_dynamic_shifting": True}), options={3: {"mu": 0.9}}
     ),
     "HeliosScheduler": _Listed(_with({"stages": 1}, EPSILON, {"shift": 3.0}, {"scheduler_type": "euler"})),
-    "HeunDiscreteScheduler": _Listed(_K_DIFFUSION, ({"clip_sample": True},)),
+    "HeunDiscreteScheduler": _Listed(_K_DIFFUSION, ({"clip_sample": True, "clip_sample_range": 20.0},)),
     "IPNDMScheduler": _Listed((EPSILON,)),
     "KDPM2AncestralDiscreteScheduler": _Listed(_K_DIFFUSION),
     "KDPM2DiscreteScheduler": _Listed(_K_DIFFUSION),
-    "LCMScheduler": _Listed((EPSILON, V, SAMPLE, ZERO_SNR), ({"clip_sample": True}, {"thresholding": True})),
+    "LCMScheduler": _Listed((EPSILON, V, SAMPLE, ZERO_SNR), ({"clip_sample": True}, THRESHOLD)),
     "LMSDiscreteScheduler": _Listed(_K_DIFFUSION),
     "LTXEulerAncestralRFScheduler": _Listed((EPSILON, {"eta": 0.0}, {"eta": 0.5, "s_noise": 0.7})),
     "MiniMaxH3Scheduler": _Listed((EPSILON,)),
@@ -242,11 +249,11 @@ SUPPORTED: dict[str, _Listed] = {
             KARRAS,
             FLOW,
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
     ),
     "SCMScheduler": _Listed((EPSILON, EPSILON), options={1: {"intermediate_timesteps": None}}, steps=2),
     # It has these two settings and reads neither.
-    "TCDScheduler": _Listed((EPSILON, V, SAMPLE, {"clip_sample": True}, {"thresholding": True})),
+    "TCDScheduler": _Listed((EPSILON, V, SAMPLE, {"clip_sample": True}, THRESHOLD)),
     "UnCLIPScheduler": _Listed(_with(UNCLIPPED, EPSILON, SAMPLE), (EPSILON,)),
     "UniPCMultistepScheduler": _Listed(
         (
@@ -265,7 +272,7 @@ SUPPORTED: dict[str, _Listed] = {
             {"use_dynamic_shifting": True, **FLOW},
             ZERO_SNR,
         ),
-        ({"thresholding": True},),
+        (THRESHOLD,),
         {18: {"mu": 0.9}},
     ),
 }
@@ -303,7 +310,7 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "KarrasVeScheduler": ({}, "already moved to another noise level"),
     "PiflowScheduler": ({}, "predicts a policy"),
     "RFD4ProteinaScheduler": (
-        {"schedule_mode": "log", "noise_mode": "sqrt", "tsr_k": 1.0, "tsr_sigma": 1.0},
+        {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
         "mask of the atoms",
     ),
     "RePaintScheduler": ({}, "image and the mask to be painted"),
@@ -333,7 +340,12 @@ UNUSABLE: list[tuple[str, Settings, type[Exception], str]] = [
     ),
     ("DPMSolverMultistepInverseScheduler", SDE, NonFiniteSchedulerError, _NAN),
     ("SASolverScheduler", {"corrector_order": 0}, ValueError, "SASolverScheduler fails in step"),
-    ("EulerDiscreteScheduler", SAMPLE, ValueError, "EulerDiscreteScheduler fails in step 0 .*not implemented yet"),
+    ("HeunDiscreteScheduler", {"prediction_type": "v"}, ValueError, "prediction_type given as v must be one of"),
+    ("LMSDiscreteScheduler", {"prediction_type": "v"}, ValueError, "prediction_type given as v must be one of"),
+    ("KDPM2DiscreteScheduler", SAMPLE, ValueError, "KDPM2DiscreteScheduler fails in step 0 .*not implemented yet"),
+    ("DPMSolverSDEScheduler", {}, TypeError, "without a noise_sampler_seed is not supported"),
+    ("CosineDPMSolverMultistepScheduler", {}, ValueError, "generator: .* takes the seed of its Brownian tree from it"),
+    ("CosineDPMSolverMultistepScheduler", SIGMA_MIN, NonFiniteSchedulerError, "Cosine.* gives NaN .* in step 5 of 6"),
     ("SCMScheduler", {}, ValueError, "num_inference_steps=6: SCMScheduler.set_timesteps refused it"),
     ("ConsistencyDecoderScheduler", {}, ValueError, "ConsistencyDecoderScheduler.set_timesteps refused it"),
 ]

@@ -26,7 +26,7 @@ from prfl_fast.sampling.steps import run_steps
 from prfl_fast.sampling.transaction import random_state_back_on_failure
 from prfl_fast.solvers import make_solver
 from prfl_fast.solvers.base import Solver
-from prfl_fast.solvers.refused import refuse_unsupported
+from prfl_fast.solvers.refused import refuse_missing_seed, refuse_unsupported
 
 ConditioningLike = Conditioning | Callable[[int, Tensor], Conditioning] | None
 Scale = float | Callable[[int], float]
@@ -122,7 +122,7 @@ def unrolled_sample(
     _check_latents(latents)
     _check_generator(generator, latents)
     adapters = _adapters(transformer, transformer_2, boundary_ratio)
-    _check_scheduler(scheduler)
+    _check_scheduler(scheduler, generator)
     if num_inference_steps is not None and (not _is_int(num_inference_steps) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected a whole number from 1, or None, got {num_inference_steps!r}")
     with random_state_back_on_failure(latents, generator):
@@ -201,8 +201,9 @@ def _check_generator(generator: Any, latents: Tensor) -> None:
         raise ValueError(f"generator: expected one per sample ({latents.shape[0]}), got {len(given)}")
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def _check_scheduler(scheduler: Any, generator: Any) -> None:
     refuse_unsupported(scheduler)
+    refuse_missing_seed(scheduler, generator)
     missing = [name for name in ("set_timesteps", "step", "config") if not hasattr(scheduler, name)]
     if missing:
         raise TypeError(

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from prfl_fast.solvers.brownian import StandIn
 
 
 class StepOutput(NamedTuple):
@@ -45,7 +48,27 @@ def _unclip(kind: Any) -> Any:
     return step
 
 
-_ADAPTERS: dict[str, Callable[[Any], Any]] = {"CogVideoXDPMScheduler": _cogvideox_dpm, "UnCLIPScheduler": _unclip}
+def _with_tree(kind: Any) -> Any:
+    """Noise of a Brownian tree, in the dtype that the scheduler makes the tree in; see :mod:`brownian`."""
+    of_output = _stepping(kind) == "CosineDPMSolverMultistepScheduler"
+
+    def step(self: Any, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        dtype = torch.result_type(sample, model_output) if of_output else sample.dtype
+        self.noise_sampler = StandIn(self, sample.detach().to(dtype))
+        try:
+            return kind.step(self, model_output, timestep, sample, return_dict=return_dict)
+        finally:
+            self.noise_sampler = None
+
+    return step
+
+
+_ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "CogVideoXDPMScheduler": _cogvideox_dpm,
+    "CosineDPMSolverMultistepScheduler": _with_tree,
+    "DPMSolverSDEScheduler": _with_tree,
+    "UnCLIPScheduler": _unclip,
+}
 
 # Their last timestep is where the last step ends, at which the network is not called.
 _LISTS_THE_END = ("SCMScheduler",)

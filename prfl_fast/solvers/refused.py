@@ -19,7 +19,7 @@ REFUSED: dict[str, str] = {
     "HeliosDMDScheduler": "its step re-noises with tensors that Helios' pipeline makes for each chunk of frames",
     "KarrasVeScheduler": "the network is called on latents that it has already moved to another noise level, and its "
     "second evaluation is another method (step_correct)",
-    "PiflowScheduler": "its network predicts a policy of n_grid outputs per latent, which it integrates inside its step",
+    "PiflowScheduler": "its network predicts a policy of n_grid outputs per latent, integrated inside its step",
     "RFD4ProteinaScheduler": "its step needs the mask of the atoms to be designed",
     "RePaintScheduler": "its step needs the image and the mask to be painted",
     "ScoreSdeVeScheduler": "it has a predictor and a corrector (step_pred, step_correct) instead of a step",
@@ -34,8 +34,8 @@ def refuse_unsupported(scheduler: Any) -> None:
     A subclass with a ``step`` of its own is another scheduler.
 
     Raises:
-        TypeError: the scheduler's class is refused, or its settings ask for a network output that is not shaped like
-            the latents, or for latents that change their size on the way.
+        TypeError: the scheduler's class is refused; its settings ask for a network output that is not shaped like the
+            latents, or for latents that change their size on the way; or the seed of its noise is left open.
     """
     for kind in type(scheduler).__mro__:
         if kind.__name__ in REFUSED:
@@ -49,8 +49,23 @@ def refuse_unsupported(scheduler: Any) -> None:
             f"scheduler: {type(scheduler).__name__} with variance_type={variance!r} is not supported: its network "
             "predicts variances in further channels; expected an output shaped like the latents"
         )
+    if getattr(scheduler, "noise_sampler_seed", 0) is None:
+        raise TypeError(
+            f"scheduler: {type(scheduler).__name__} without a noise_sampler_seed is not supported: its first step would "
+            "draw one; expected noise_sampler_seed=... when it is made"
+        )
     if config.get("stages", 1) != 1:
         raise TypeError(
             f"scheduler: {type(scheduler).__name__} with stages={config['stages']} is not supported: the latents grow "
             "between its stages; expected stages=1"
+        )
+
+
+def refuse_missing_seed(scheduler: Any, generator: Any) -> None:
+    """Raises ValueError for a scheduler that reads the seed of its noise off a generator, where there is none."""
+    names = {kind.__name__ for kind in type(scheduler).__mro__}
+    if generator is None and "CosineDPMSolverMultistepScheduler" in names:
+        raise ValueError(
+            f"generator: {type(scheduler).__name__} takes the seed of its Brownian tree from it; expected a "
+            "torch.Generator or one per sample, got None"
         )

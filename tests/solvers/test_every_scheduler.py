@@ -22,7 +22,12 @@ STEPS = 5
 LINEAR = [name for name, case in table.CASES.items() if case.linear]
 NONLINEAR = [name for name, case in table.CASES.items() if not case.linear]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecat:FutureWarning")
+# torchsde says so where a tree is asked beyond its ends, which CosineDPMSolver does in its last step.
+pytestmark = pytest.mark.filterwarnings("ignore:Should have t[ab]")
+
+# IPNDM divides by its first alpha, the root of one rounding of float32, 2^-12 (and by its square in the latents'
+# gradient): 64 roundings of 2^-53.
+ILL_CONDITIONED = {"IPNDMScheduler": 2.0**-53 * 2.0**24 * 64}
 
 
 class SmoothNet(nn.Module):
@@ -42,9 +47,18 @@ class SmoothNet(nn.Module):
 
 def built(name: str, steps: int = STEPS) -> tuple[Any, int | None]:
     case = table.CASES[name]
-    if not hasattr(diffusers.schedulers, case.kind):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {case.kind}")
+    found(case.kind)
     return case.prepared(steps)
+
+
+def found(kind: str) -> Any:
+    """The class; skips where this diffusers has none, or a dummy for want of torchsde."""
+    if not hasattr(diffusers.schedulers, kind):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
+    found = getattr(diffusers.schedulers, kind)
+    if not issubclass(found, diffusers.SchedulerMixin):
+        pytest.importorskip("torchsde")
+    return found
 
 
 def start(scheduler: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -93,7 +107,7 @@ def rounded_loop(solver: SolverTable, net: nn.Module, x: Tensor, generator: torc
 def test_the_table_chain_is_the_own_loop_with_its_gradients(name: str) -> None:
     """10 steps of some 20 float64 roundings stay near 1e-13, times the condition of a chain that starts at sigma 157.
 
-    Schedulers that round latents to float32 inside are met to 1e-10 without that rounding, and as they are within 16
+    Schedulers that round to float32 inside are met to 1e-10 without that rounding. As they are they are met within 16
     times what one rounding of latents, output and history in each step does: they make at most eight, in other places.
     """
     scheduler, steps = built(name)
@@ -109,15 +123,18 @@ def test_the_table_chain_is_the_own_loop_with_its_gradients(name: str) -> None:
     actual, plain = differentiated(chain, net, x), differentiated(own, net, x)
     assert all(bool(value.isfinite().all()) for value in plain)
     distance = furthest(actual, plain)
-    if distance <= 1e-10:
+    if distance <= ILL_CONDITIONED.get(table.CASES[name].kind, 1e-10):
         return
-    with loop.without_rounding():
-        unrounded = differentiated(own, net, x)
-        # Draws are then float64 for both; those that a scheduler makes in float32 stay so.
-        assert furthest(differentiated(chain, net, x), unrounded) <= 1e-10
     solver = SolverTable.from_scheduler(scheduler, steps)
     once = differentiated(lambda latents: rounded_loop(solver, net, latents, seeded()), net, x)
     assert distance <= 16 * furthest(once, actual)
+    with loop.without_rounding():
+        # Whatever it would draw in float32 on its way there is drawn in float64 now, by both.
+        solver = SolverTable.from_scheduler(scheduler, steps)
+        if any(d.dtype == torch.float32 for d in solver.draw_noise(solver.start_step, x, seeded())):
+            return  # and what it draws in float32 all the same it also scales in float32
+        exact = differentiated(lambda z: loop.solver_loop(solver, z, net, generator=seeded()), net, x)
+        assert furthest(exact, differentiated(own, net, x)) <= 1e-10
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -133,7 +150,7 @@ def test_the_state_is_small(name: str) -> None:
 def test_own_step_and_own_noise_to_the_last_bit(name: str, per_sample: bool) -> None:
     scheduler, steps = built(name)
     if per_sample and "generator" not in inspect.signature(scheduler.step).parameters:
-        pytest.skip("draws nothing")
+        pytest.skip("its step takes no generator")
     x = start(scheduler, torch.float32)
 
     def generator() -> Any:
@@ -147,7 +164,7 @@ def test_own_step_and_own_noise_to_the_last_bit(name: str, per_sample: bool) -> 
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_nonlinear_settings_keep_their_step_in_the_graph(name: str) -> None:
     scheduler, steps = built(name)
-    x, net = 2 * start(scheduler), SmoothNet(6)
+    x, net = start(scheduler), SmoothNet(6)
 
     def chain(latents: Tensor) -> Tensor:
         sample = prfl_fast.unrolled_sample(net, scheduler, latents, steps, generator=seeded())
@@ -202,17 +219,15 @@ def _refused(scheduler: Any, message: str, error: type[Exception] = TypeError, s
 
 @pytest.mark.parametrize("kind", table.REFUSED)
 def test_refused_by_name_and_reason_before_any_network_call(kind: str) -> None:
-    if not hasattr(diffusers.schedulers, kind):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
     needed, message = table.REFUSED[kind]
-    _refused(getattr(diffusers.schedulers, kind)(**needed), f"scheduler: {kind} is not supported: .*{message}")
+    _refused(found(kind)(**needed), f"scheduler: {kind} is not supported: .*{message}")
 
 
 @pytest.mark.parametrize(("kind", "settings", "error", "message"), table.UNUSABLE)
 def test_settings_that_cannot_sample_are_refused(
     kind: str, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    _refused(getattr(diffusers.schedulers, kind)(**settings), message, error)
+    _refused(found(kind)(**settings), message, error)
 
 
 def test_a_subclass_with_a_step_of_its_own_is_another_scheduler() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from prfl_fast.sampling.pipeline_inputs import cogvideox, hunyuan_video, ltx, wan, wan_vace
 from prfl_fast.sampling.pipeline_inputs.arguments import Arguments, complete, private_view
+from prfl_fast.solvers.refused import refuse_unsupported
 from prfl_fast.sampling.pipeline_inputs.decoding import check_decode, pixel_decoder
 
 
@@ -98,6 +99,7 @@ def pipeline_inputs(
     }
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"pipe: this {type(pipe).__name__} holds no transformer")
+    refuse_unsupported(pipe.scheduler)
     if decode:
         check_decode(pipe)
     arguments = complete(pipe, given, family.arguments, family.defaults(pipe), family.instead_of_image)
