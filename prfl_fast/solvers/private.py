@@ -75,8 +75,7 @@ def copy_scheduler(scheduler: Any) -> Any:
     """A copy on the CPU: everything but the run state, which comes fresh from an instance of the same configuration."""
     kind: Any = type(scheduler)
     fresh = vars(kind.from_config(scheduler.config))
-    derived = adapted(kind)
-    result = derived.__new__(derived)
+    result = kind.__new__(kind)
     for name, value in vars(scheduler).items():
         if name not in RUN_STATE:
             result.__dict__[name] = _copied(value)
@@ -122,6 +121,7 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
         without = f" (without {', '.join(missing)})" if missing else ""
         raise TypeError(f"scheduler: expected an instance of a diffusers scheduler, got {name}{without}")
     private = copy_scheduler(scheduler)
+    private.__class__ = adapted(type(scheduler))
     begin = None
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:

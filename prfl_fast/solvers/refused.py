@@ -51,8 +51,8 @@ def refuse_unsupported(scheduler: Any) -> None:
         )
     if getattr(scheduler, "noise_sampler_seed", 0) is None:
         raise TypeError(
-            f"scheduler: {type(scheduler).__name__} without a noise_sampler_seed is not supported: its first step would "
-            "draw one; expected noise_sampler_seed=... when it is made"
+            f"scheduler: {type(scheduler).__name__} without a noise_sampler_seed is not supported: its first step "
+            "would draw one; expected noise_sampler_seed=... when it is made"
         )
     if config.get("stages", 1) != 1:
         raise TypeError(

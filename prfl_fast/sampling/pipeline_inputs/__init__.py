@@ -8,8 +8,8 @@ from typing import Any
 
 from prfl_fast.sampling.pipeline_inputs import cogvideox, hunyuan_video, ltx, wan, wan_vace
 from prfl_fast.sampling.pipeline_inputs.arguments import Arguments, complete, private_view
-from prfl_fast.solvers.refused import refuse_unsupported
 from prfl_fast.sampling.pipeline_inputs.decoding import check_decode, pixel_decoder
+from prfl_fast.solvers.refused import refuse_unsupported
 
 
 @dataclass(frozen=True)
