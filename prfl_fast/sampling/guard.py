@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast.sampling.sharded import is_sharded
+
 
 class ModelChangedError(RuntimeError):
     """The model changed between sampling and backward; the recomputed chain would not be the sampled one."""
@@ -31,10 +33,6 @@ def _adapter_state(layer: Any) -> tuple[Any, ...]:
     )
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
 class ModelGuard:
     """Remembers what decides a network's output: its parts and parameters, their versions, train or eval mode, LoRA
     state. What is written through ``parameter.data`` goes unseen: torch itself does not count such writes.
@@ -52,7 +50,7 @@ class ModelGuard:
         ]
         self._modules = [(name, m) for module in self._roots for name, m in module.named_modules()]
         # FSDP2 puts other tensors in place of its parameters while a block runs.
-        self._swapped = any(_is_sharded(m) for _, m in self._modules)
+        self._swapped = any(is_sharded(m) for _, m in self._modules)
         self._parameters = self._read_parameters()
         self._layers = [pair for module in self._roots for pair in _adapter_layers(module)]
         self._scaled: list[Any] = [layer for _, layer in self._layers]

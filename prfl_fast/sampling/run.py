@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError
 from tqdm import tqdm
 
 from prfl_fast.sampling.guard import ModelGuard
 from prfl_fast.sampling.request import Request
+from prfl_fast.sampling.sharded import refuse_left_half_way, reset_sharded
 from prfl_fast.sampling.transaction import GradientTransaction
 
 
@@ -54,6 +55,9 @@ class Run:
     """State of one chain; see the module's text."""
 
     def __init__(self, request: Request) -> None:
+        networks = {id(n): n for n in (network.adapter.network for network in request.networks)}
+        self._networks = [n for n in networks.values() if isinstance(n, nn.Module)]
+        refuse_left_half_way(self._networks)
         self.guard = ModelGuard(request.modules)
         self._transaction = GradientTransaction(_leaves(request))
         self._squared_norms: dict[int, Tensor] = {}
@@ -87,6 +91,7 @@ class Run:
     def fail_backward(self) -> None:
         """The backward was left by an exception: `.grad` is put back."""
         self._transaction.rollback()
+        reset_sharded(self._networks)
         self._close()
 
     def _close(self) -> None:
@@ -97,7 +102,7 @@ class Run:
 
     @contextmanager
     def undoing(self) -> Iterator[None]:
-        """Code of ours that runs inside a backward: whatever leaves it undoes the backward."""
+        """Around a network call, in the forward and inside a backward: whatever leaves it undoes the backward."""
         try:
             yield
         except _StopRecomputationError:
@@ -105,6 +110,8 @@ class Run:
         except BaseException:
             if self.backward is not None:
                 self.backward.fail()
+            else:
+                reset_sharded(self._networks)
             raise
 
     def record(self, step: int, gradient: Tensor) -> None:

@@ -1,0 +1,278 @@
+"""Blocks compiled one by one, diffusers' hooks, accelerate, quantised weights: the plain loop's bits, or refused.
+
+Through ``scheduler.step`` and in one graph the chain's operations are the loop's own, recomputed: not one bit may
+differ. A table and a backward per step sum in another order; their bound is that of test_real_models.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import familyloop
+import plainloop
+import pytest
+import torch
+from familyloop import Case
+from torch import Tensor, nn
+
+import prfl_fast
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+Wrap = Callable[[Any], Any]
+CPU = torch.device("cpu")
+
+
+def only_lora(net: Any) -> None:
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def cast(net: Any) -> None:
+    only_lora(net)
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def cast_and_checkpointed(net: Any) -> None:
+    cast(net)
+    net.enable_gradient_checkpointing()
+
+
+def by_block(net: Any) -> None:
+    net.enable_group_offload(onload_device=CPU, offload_type="block_level", num_blocks_per_group=1)
+
+
+def by_leaf(net: Any) -> None:
+    net.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+
+
+def by_leaf_and_checkpointed(net: Any) -> None:
+    by_leaf(net)
+    net.enable_gradient_checkpointing()
+
+
+def compiled_blocks(net: Any) -> None:
+    for block in net.blocks:
+        block.compile(backend="eager")
+
+
+def quantised(net: Any) -> None:
+    """Frozen int8 weights with LoRA on top."""
+    only_lora(net)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and "lora" not in name:
+                setattr(module, name, Int8Linear(child))
+
+
+class Int8Linear(nn.Module):
+    """A parameter of integers and a scale per row, as the libraries for quantised weights keep them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
+
+
+def make(wrap: Wrap, lora: bool) -> Case:
+    case = Case("wan", torch.float32, lora=lora)
+    if lora:
+        case.conditioning.pop("attention_kwargs")
+    wrap(case.net)
+    return case
+
+
+def dtypes(net: nn.Module) -> list[torch.dtype]:
+    return [p.dtype for p in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "lora"),
+    [
+        (cast, True),
+        (cast_and_checkpointed, True),
+        (by_block, False),
+        (by_block, True),
+        (by_leaf, True),
+        (by_leaf_and_checkpointed, True),
+        (compiled_blocks, False),
+        (quantised, True),
+    ],
+)
+def test_wrapped_network_is_the_plain_loop(wrap: Wrap, lora: bool) -> None:
+    expected = make(wrap, lora).plain()
+    assert all(bool(value.any()) for value in expected.values())
+    for graph in ("chain", "steps"):
+        case = make(wrap, lora)
+        before = dtypes(case.net)
+        actual = case.chain(graph=graph, solver="scheduler" if graph == "chain" else "table")
+        for group, value in expected.items():
+            if graph == "chain":
+                assert torch.equal(actual[group], value), group
+            else:
+                assert familyloop.error(actual[group], value) <= 60 * 2.0**-24, group
+        # What a layer's weights are between two calls, they are again: a recomputation that stops early would leave
+        # some in the compute dtype.
+        assert dtypes(case.net) == before
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("graph", ["chain", "steps"])
+@pytest.mark.parametrize("wrap", [cast, cast_and_checkpointed, by_leaf, by_leaf_and_checkpointed])
+def test_every_hook_sees_the_end_of_its_layer(wrap: Wrap, graph: str) -> None:
+    """Also the last layer of a recomputation, and every layer when a call fails."""
+    case = make(wrap, True)
+    name = "layerwise_casting" if wrap in (cast, cast_and_checkpointed) else "group_offloading"
+    open_layers: set[str] = set()
+
+    def note(hook: Any, path: str) -> None:
+        enter, leave = hook.pre_forward, hook.post_forward
+
+        def pre(*args: Any, **kwargs: Any) -> Any:
+            open_layers.add(path)
+            return enter(*args, **kwargs)
+
+        def post(*args: Any, **kwargs: Any) -> Any:
+            open_layers.discard(path)
+            return leave(*args, **kwargs)
+
+        hook.pre_forward, hook.post_forward = pre, post
+
+    hooked = 0
+    for path, module in case.net.named_modules():
+        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get(name)
+        if hook is not None:
+            hooked += 1
+            note(hook, path)
+    assert hooked > 10
+    case.net.proj_out.requires_grad_(False)
+    expected = case.chain(graph=graph)
+    assert not open_layers
+    before = dtypes(case.net)
+
+    def fail(module: Any, inputs: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = case.net.blocks[1].attn1.to_q
+    handle = target.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        case.sample(graph=graph)
+    handle.remove()
+    assert dtypes(case.net) == before and not open_layers
+    sample = case.sample(graph=graph)
+    handle = target.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        case.loss(sample.latents).backward()
+        sample.backward()
+    handle.remove()
+    case.gradients()
+    assert dtypes(case.net) == before
+    if not case.net.is_gradient_checkpointing:  # a block's own checkpoint fails outside of the call
+        assert not open_layers
+    again = case.chain(graph=graph)
+    assert all(torch.equal(again[group], expected[group]) for group in expected)
+
+
+def test_layerwise_casting_of_trainable_weights_is_refused() -> None:
+    """The reason: diffusers rounds what ``.grad`` holds to the storage dtype in every call."""
+    case = Case("wan", torch.float32)
+    case.net.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match="'blocks.0.attn1.to_q.weight' is trainable under layerwise casting"):
+        case.sample()
+    case.sample(gradient="none")
+    case.plain()
+    weight = case.net.blocks[0].attn1.to_q.weight
+    assert weight.grad is None
+    case.loss(case.net(case.latents, torch.ones(2), case.text)[0]).backward()
+    assert weight.grad.dtype == torch.float32
+    case.sample(gradient="none")
+    assert weight.grad.dtype == torch.bfloat16, "no trap any more"
+    case.net.requires_grad_(False)
+    case.backward()
+
+
+@pytest.mark.parametrize("graph", ["chain", "steps"])
+def test_blocks_compiled_by_inductor(graph: str) -> None:
+    """float64: the compiler may contract and reorder, a few roundings in a chain of 1e3 operations."""
+    if not _has_a_compiler():
+        pytest.skip("no C++ compiler")
+    problem = plainloop.Problem(seed=3, scheduler=plainloop.scheduler("unipc"), steps=3, scale=2.0)
+    expected = problem.plain_gradients()
+    for block in problem.net.blocks:
+        block.compile()
+    plainloop.assert_same(problem.chain_gradients(graph=graph), expected, 1e-10)
+    torch.compiler.reset()
+
+
+def _has_a_compiler() -> bool:
+    import shutil
+
+    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_prepared_by_accelerate(precision: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    def wrap(case: Case) -> Case:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        case.net = accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(case.net)
+        return case
+
+    try:
+        expected = wrap(Case("wan", torch.float32)).plain()
+        actual = wrap(Case("wan", torch.float32)).chain(solver="scheduler")
+        assert all(torch.equal(actual[group], expected[group]) for group in expected)
+        swept = wrap(Case("wan", torch.float32)).chain(graph="steps", solver="scheduler")
+        for group, value in expected.items():
+            # One cast of a cotangent per step at another place, and another order of the sums.
+            unit = 2.0**-8 if precision == "bf16" else 2.0**-24
+            assert familyloop.error(swept[group], value) <= 2 * familyloop.STEPS * 10 * unit, group
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_wrappers_that_a_recomputation_breaks_are_refused() -> None:
+    case = Case("wan", torch.float32)
+    inner = case.net
+    case.net = nn.DataParallel(inner)
+    with pytest.raises(ValueError, match="transformer: nn.DataParallel copies the network anew"):
+        case.sample()
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    case.net = torch.compile(FullyShardedDataParallel(inner), backend="eager")
+    with pytest.raises(ValueError, match=r"transformer: FullyShardedDataParallel.*use torch.distributed.fsdp"):
+        case.sample()
+
+
+def test_torchs_own_quantised_layers_are_refused() -> None:
+    """The reason: they have no derivative, and the plain loop says nothing."""
+    from torch.ao.quantization import quantize_dynamic
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    broken = quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 4, requires_grad=True)
+    assert not broken(x).requires_grad, "no trap any more"
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = broken
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last(self.inner(x))
+
+    with pytest.raises(ValueError, match="transformer: 'inner.0' is a quantised layer of torch .*no derivative"):
+        prfl_fast.unrolled_sample(Net(), plainloop.scheduler("euler"), torch.randn(2, 4), 2)
