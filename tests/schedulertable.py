@@ -339,6 +339,12 @@ UNUSABLE: list[tuple[str, Settings, type[Exception], str]] = [
         _NAN,
     ),
     ("DPMSolverMultistepInverseScheduler", SDE, NonFiniteSchedulerError, _NAN),
+    (
+        "EDMDPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+        ValueError,
+        "EDMDPMSolverMultistepScheduler fails in step 2 of 6 with these settings: UnboundLocalError",
+    ),
     ("SASolverScheduler", {"corrector_order": 0}, ValueError, "SASolverScheduler fails in step"),
     ("HeunDiscreteScheduler", {"prediction_type": "v"}, ValueError, "prediction_type given as v must be one of"),
     ("LMSDiscreteScheduler", {"prediction_type": "v"}, ValueError, "prediction_type given as v must be one of"),

@@ -106,7 +106,7 @@ class Replay:
         try:
             with Draws(counted):
                 result = self.scheduler.step(model_output, self._times[i], x, **options)
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
             # NotImplementedError, which some raise for settings of theirs, is a RuntimeError.
             raise ValueError(
                 f"scheduler: {type(self.scheduler).__name__} fails in step {i} of {self.num_steps} with these "

@@ -136,14 +136,6 @@ def test_the_table_chain_is_the_own_loop_with_its_gradients(name: str) -> None:
         assert furthest(exact, differentiated(own, net, x)) <= 1e-10
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_the_state_is_small(name: str) -> None:
-    scheduler, steps = built(name)
-    solver = SolverTable.from_scheduler(scheduler, steps)
-    # PNDM's Runge-Kutta steps keep the sum of derivatives, the latents that they began from and three old derivatives.
-    assert max(row.num_inputs for row in solver.coefficients) <= (6 if name.startswith("PNDM") else 5)
-
-
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("name", table.CASES)
 def test_own_step_and_own_noise_to_the_last_bit(name: str, per_sample: bool) -> None:
