@@ -49,7 +49,7 @@ def refuse_unusable(network: Any) -> None:
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise ValueError(
                 f"{where} is a quantised layer of torch ({type(module).__name__}), which has no derivative: the "
-                "gradient would end there in silence, even in a plain loop; quantise by a library that trains LoRA on "
+                "gradient ends there, in a plain loop too; quantise by a library that trains LoRA on "
                 "top (bitsandbytes, torchao)"
             )
         registry = getattr(module, "_diffusers_hook", None)
