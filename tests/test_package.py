@@ -20,14 +20,15 @@ PACKAGE = ROOT / "prfl_fast"
 # Room -> rooms that it may import. A new top-level module has to be given its place here.
 ARROWS: dict[str, set[str]] = {
     "_env": set(),
+    "charts": set(),
     "ops": set(),
     "solvers": {"ops"},
     "memory": {"ops"},
     "models": {"ops", "memory"},
     "pixels": set(),
-    "sampling": {"ops", "solvers", "memory", "models", "pixels"},
+    "sampling": {"charts", "ops", "solvers", "memory", "models", "pixels"},
     "reward": {"ops", "models"},
-    "demo": {"sampling", "reward", ""},  # uses the public face, as a user does
+    "demo": {"charts", "sampling", "reward", ""},  # uses the public face, as a user does
     "twin": set(),
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", ""},
