@@ -15,6 +15,8 @@ that of the full chain to that point. A process reward may be asked at any of th
   Interval: jackknife over seeds. None where the mean does not stand out of the noise.
 
 ``supervise-3`` rewards three evenly spaced latents on the way to step k instead of the last alone.
+
+``--from benchmarks/results/gradient_study.json`` draws the picture of an earlier run.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import record
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 
 import prfl_fast
+from prfl_fast.charts import TONES, Mark, Series, line_chart, picture
 from prfl_fast.demo.base import load_base
 from prfl_fast.demo.clips import make_clips
 from prfl_fast.demo.judges import bootstrap_interval
@@ -174,15 +178,56 @@ def study(net: Any, reward: Any, seeds: int, batch: int, say: Callable[[str], No
     return rows
 
 
+def draw(rows: list[dict[str, Any]]) -> str:
+    """Four panels over the noise level, a line a mode, bands for the intervals."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+
+    def lines(key: str) -> list[Series]:
+        series = []
+        for number, mode in enumerate(modes):
+            own = [row for row in rows if row["mode"] == mode and row[key] is not None]
+            x, y, low, high = [row["sigma"] for row in own], *([row[key][i] for row in own] for i in range(3))
+            dashed, tone = number >= len(TONES), TONES[number % len(TONES)]
+            series.append(Series(mode, tone, x, y, low, high, dashed))
+        return series
+
+    def panel(key: str, label: str, **options: Any) -> str:
+        x_label = "noise level at which the chain ends"
+        return line_chart(
+            lines(key), title=label, x_label=x_label, y_label=label, points=True, legend=False, **options
+        )
+
+    exact = [Mark(1.0, "exact")]
+    variance = [row for row in rows if row["variance_per_call"] is not None and row["variance_per_call"][1] <= 0]
+    for row in variance:  # nothing below zero on a logarithmic axis
+        row["variance_per_call"][1] = row["variance_per_call"][0]
+    return picture(
+        [
+            ("Cosine to the exact gradient of the same reward", panel("cosine", "cosine", marks=exact)),
+            ("Norm over that of the exact gradient", panel("norm_ratio", "norm ratio", marks=exact)),
+            ("Cosine to the exact gradient at the chain's end", panel("cosine_to_end", "cosine")),
+            ("Relative variance times network calls", panel("variance_per_call", "variance per call", log_y=True)),
+        ],
+        lines("cosine"),
+        columns=2,
+    )
+
+
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("--plot", help="write the picture (SVG) to this file")
+    parser.add_argument("--plot", type=Path, help="write the picture (SVG) to this file")
+    parser.add_argument("--from", dest="earlier", type=Path, help="draw this JSON instead of measuring")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--reward-updates", type=int, default=REWARD_UPDATES)
     args = parser.parse_args()
     if args.seeds < 3:
         parser.error(f"--seeds: expected at least 3 for an interval of the variance, got {args.seeds}")
+    if args.earlier is not None:
+        if args.plot is None:
+            parser.error("--from: expected together with --plot")
+        args.plot.write_text(draw(json.loads(args.earlier.read_text())["rows"]))
+        return
     start, about = time.perf_counter(), record.about()
 
     def say(text: str) -> None:
@@ -204,6 +249,8 @@ def main() -> None:
     }
     if args.output is not None:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.plot is not None:
+        args.plot.write_text(draw(rows))
 
 
 if __name__ == "__main__":
