@@ -121,7 +121,8 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
         without = f" (without {', '.join(missing)})" if missing else ""
         raise TypeError(f"scheduler: expected an instance of a diffusers scheduler, got {name}{without}")
     private = copy_scheduler(scheduler)
-    private.__class__ = adapted(type(scheduler))
+    kind: Any = type(scheduler)
+    private.__class__ = adapted(kind)
     begin = None
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:

@@ -6,6 +6,7 @@ decided by the probe.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _TOKENS = "it samples discrete tokens, through which no gradient flows"
@@ -42,7 +43,9 @@ def refuse_unsupported(scheduler: Any) -> None:
             raise TypeError(f"scheduler: {type(scheduler).__name__} is not supported: {REFUSED[kind.__name__]}")
         if "step" in vars(kind):
             break
-    config = getattr(scheduler, "config", {})
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return  # no scheduler; who goes on with it says so
     variance = config.get("variance_type")
     if isinstance(variance, str) and variance.startswith("learned"):
         raise TypeError(
