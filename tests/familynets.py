@@ -3,6 +3,7 @@ out as the family's pipeline writes it, free of the package under test."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,10 @@ class Family:
         keywords: of the conditional branch; ``negative`` replaces some of them.
         more: further arguments of ``unrolled_sample`` (prepare_input, latent_mask, two experts).
         scale: name of the keyword that carries the LoRA scale, None where the family has none.
-        other: the second expert, called below ``boundary``.
+        other: the second expert, called below the timestep ``boundary``.
         mask: elements that the solver updates.
         dtype: float64 where the family runs in it.
+        coarse: the network rounds to bfloat16 inside, whatever its dtype.
     """
 
     net: Any
@@ -41,9 +43,10 @@ class Family:
     scheduler: str = "unipc"
     lora: tuple[str, ...] = ("to_q", "to_v")
     other: Any = None
-    boundary: float = 0.0
+    boundary: float = -math.inf
     mask: Tensor | None = None
     dtype: torch.dtype = torch.float64
+    coarse: bool = False
 
 
 def randn(*shape: int) -> Tensor:
@@ -130,7 +133,7 @@ def wan_image() -> Family:
 
 def wan_experts() -> Family:
     family = of_twin("wan", given)
-    family.other, family.boundary = tinyfamilies.make("wan", seed=1).net, 0.8
+    family.other, family.boundary = tinyfamilies.make("wan", seed=1).net, 800.0
     family.more = {"transformer_2": family.other, "boundary_ratio": 0.8, "guidance_scale_2": 3.0}
     return family
 
@@ -203,10 +206,15 @@ def hunyuan() -> Family:
 
 
 def hunyuan15() -> Family:
+    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15ByT5TextProjection
+
     net = build(
         "HunyuanVideo15Transformer3DModel", **HEADS, in_channels=9, out_channels=4, num_layers=2, num_refiner_layers=1,
         mlp_ratio=2.0, text_embed_dim=TEXT, text_embed_2_dim=8, image_embed_dim=8, rope_axes_dim=(4, 4, 4),
     )  # fmt: skip
+
+    # Its own is 2048 wide, which is most of a tiny network.
+    net.context_embedder_2 = HunyuanVideo15ByT5TextProjection(8, 16, 24)
 
     def branch() -> dict[str, Any]:
         return {
@@ -316,8 +324,8 @@ def cosmos() -> Family:
 
 def easyanimate() -> Family:
     net = build(
-        "EasyAnimateTransformer3DModel", num_attention_heads=2, attention_head_dim=16, in_channels=9, out_channels=4, patch_size=2, num_layers=2,
-        mmdit_layers=1, time_embed_dim=16, text_embed_dim=TEXT, add_norm_text_encoder=True,
+        "EasyAnimateTransformer3DModel", num_attention_heads=2, attention_head_dim=16, in_channels=9, out_channels=4,
+        patch_size=2, num_layers=2, mmdit_layers=1, time_embed_dim=16, text_embed_dim=TEXT, add_norm_text_encoder=True,
     )  # fmt: skip
     keywords = {"encoder_hidden_states": text(), "inpaint_latents": randn(BATCH, 5, 2, 4, 6)}
     return Family(net, randn(BATCH, 4, 2, 4, 6), keywords, {"encoder_hidden_states": text()}, rounded, scale=None)
@@ -342,7 +350,7 @@ def kandinsky5() -> Family:
     call, more = joined(randn(BATCH, 2, 4, 6, 5), bare, dim=-1)
     return Family(
         net, randn(BATCH, 2, 4, 6, 4), {**branch(), **places}, branch(), call, more, scale=None,
-        lora=("to_query", "to_value"), dtype=torch.float32,
+        lora=("to_query", "to_value"), dtype=torch.float32, coarse=True,
     )  # fmt: skip
 
 
