@@ -17,12 +17,10 @@ from prfl_fast.memory.blocks import recompute_blocks
 from prfl_fast.models.base import Adapter
 from prfl_fast.sampling.modes import StepWeights
 from prfl_fast.sampling.nodes import scale_gradient
+from prfl_fast.sampling.recovery import has_weight_hooks
 from prfl_fast.sampling.request import Conditioning, Request
 from prfl_fast.sampling.run import Run
 from prfl_fast.sampling.watch import CallWatch
-
-# diffusers' hooks that change a layer's weights for the duration of its forward.
-_WEIGHT_HOOKS = {"layerwise_casting", "group_offloading"}
 
 
 @contextmanager
@@ -69,22 +67,9 @@ def _must_run_to_its_end(network: Any, own_backwards: bool) -> bool:
     """
     if not isinstance(network, nn.Module):
         return True
-    parts = list(network.modules())
-    hooked = any(_WEIGHT_HOOKS & getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).keys() for part in parts)
-    return hooked or (own_backwards and any(isinstance(part, DistributedDataParallel) for part in parts))
-
-
-@contextmanager
-def _hooks_finished(module: nn.Module) -> Iterator[None]:
-    """diffusers' layerwise casting and group offload put a layer's weights back only when its forward is left well."""
-    try:
-        yield
-    except BaseException:
-        for part in module.modules():
-            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
-            for name in _WEIGHT_HOOKS & hooks.keys():
-                hooks[name].post_forward(part, None)
-        raise
+    if has_weight_hooks(network):
+        return True
+    return own_backwards and any(isinstance(part, DistributedDataParallel) for part in network.modules())
 
 
 def detach_conditioning(conditioning: Conditioning) -> Conditioning:
@@ -126,8 +111,6 @@ class Caller:
             module = adapter.module()
             if id(adapter.network) in self._whole:
                 stack.enter_context(set_checkpoint_early_stop(False))  # of blocks that are checkpoints themselves
-                if module is not None:
-                    stack.enter_context(_hooks_finished(module))
             if freeze and module is not None:
                 stack.enter_context(_frozen(module))
             if torch.is_grad_enabled() and module is not None:

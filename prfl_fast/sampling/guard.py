@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.sampling.sharded import is_sharded
+from prfl_fast.sampling.recovery import is_sharded
 
 
 class ModelChangedError(RuntimeError):

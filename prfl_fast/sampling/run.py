@@ -17,8 +17,8 @@ from torch.utils.checkpoint import _StopRecomputationError
 from tqdm import tqdm
 
 from prfl_fast.sampling.guard import ModelGuard
+from prfl_fast.sampling.recovery import recover, refuse_left_half_way
 from prfl_fast.sampling.request import Request
-from prfl_fast.sampling.sharded import refuse_left_half_way, reset_sharded
 from prfl_fast.sampling.transaction import GradientTransaction
 
 
@@ -91,7 +91,7 @@ class Run:
     def fail_backward(self) -> None:
         """The backward was left by an exception: `.grad` is put back."""
         self._transaction.rollback()
-        reset_sharded(self._networks)
+        recover(self._networks)
         self._close()
 
     def _close(self) -> None:
@@ -111,7 +111,7 @@ class Run:
             if self.backward is not None:
                 self.backward.fail()
             else:
-                reset_sharded(self._networks)
+                recover(self._networks)
             raise
 
     def record(self, step: int, gradient: Tensor) -> None:

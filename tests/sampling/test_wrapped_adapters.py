@@ -110,8 +110,11 @@ def _replace(net: Any) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "switched": (lambda net: net.set_adapter("a"), "frozen or unfrozen|active adapters"),
+    "switched, all trainable": (lambda net: _alone(net, net.set_adapter, "a"), "LoRA scaling or active adapters"),
     "weighted": (lambda net: net.set_adapters(["a", "b"], [0.7, 1.2]), "LoRA scaling or active adapters"),
     "disabled": (lambda net: net.disable_adapters(), "was frozen or unfrozen"),
+    "disabled, all trainable": (lambda net: _alone(net, net.disable_adapters), "LoRA scaling or active adapters"),
+    "no parameter": (lambda net: _replace_dropout(net), "module 'blocks.0.ffn.net.1' was added, removed or replaced"),
     "deleted": (lambda net: net.delete_adapters("a"), "added, removed or replaced"),
     "merged": (lambda net: net.fuse_lora(), "LoRA scaling or active adapters"),
     "a third": (lambda net: _third(net, TARGETS), "added, removed or replaced"),
@@ -120,6 +123,17 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "cast": (lambda net: net.blocks[0].attn1.to_k.to(torch.bfloat16), "was torch.float32 and is torch.bfloat16"),
     "optimizer": (lambda net: torch.optim.SGD(_with_gradients(net), 1e-3).step(), "was written to"),
 }
+
+
+def _alone(net: Any, do: Callable[..., None], *arguments: str) -> None:
+    """Without the freezing that peft does along with it."""
+    do(*arguments)
+    net.requires_grad_(True)
+
+
+def _replace_dropout(net: Any) -> None:
+    assert isinstance(net.blocks[0].ffn.net[1], torch.nn.Dropout)
+    net.blocks[0].ffn.net[1] = torch.nn.Identity()
 
 
 def _third(net: Any, targets: list[str]) -> None:

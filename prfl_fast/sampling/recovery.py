@@ -1,16 +1,20 @@
-"""FSDP2 after a failure: what an exception leaves half-way has to be reset, or later gradients are wrong in silence.
+"""What wrapped networks need after a failure.
 
 An exception that ends a forward or a backward early leaves FSDP2 in the middle of it: it never reduces a gradient
-again. That is so in a plain loop too.
+again, in silence, in a plain loop too. diffusers' layerwise casting and group offload put a layer's weights back only
+when its forward is left well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+
+# diffusers' hooks that change a layer's weights for the duration of its forward.
+_WEIGHT_HOOKS = {"layerwise_casting", "group_offloading"}
 
 # Networks that could not be reset.
 _LEFT: WeakSet[nn.Module] = WeakSet()
@@ -29,9 +33,25 @@ def _roots(module: nn.Module) -> Iterator[Any]:
         yield from _roots(child)
 
 
-def reset_sharded(modules: Iterable[nn.Module]) -> None:
-    """After an exception: FSDP2 forgets the pass that was under way. Every rank has to come here; a rank that does not
-    is still waiting for the others in any case."""
+def _weight_hooks(module: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    for part in module.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        yield from ((part, hooks[name]) for name in _WEIGHT_HOOKS & hooks.keys())
+
+
+def has_weight_hooks(module: nn.Module) -> bool:
+    """Whether some layer's weights are elsewhere, or in another dtype, but for its forward."""
+    return next(_weight_hooks(module), None) is not None
+
+
+def recover(modules: Sequence[nn.Module]) -> None:
+    """After an exception: FSDP2 forgets the pass that was under way, hooked weights go back to their place.
+
+    Every rank has to come here; a rank that does not is still waiting for the others in any case.
+    """
+    for module in modules:
+        for part, hook in _weight_hooks(module):
+            hook.post_forward(part, None)
     for module in modules:
         for root in _roots(module):
             try:
