@@ -96,11 +96,11 @@ class Kandinsky5Adapter(_NetworkTimestep):
 
 
 class AllegroAdapter(WithoutTrunk):
-    """``AllegroTransformer3DModel``: ``[B, C, F, H, W]``."""
+    """``AllegroTransformer3DModel``: ``[B, C, F, H, W]``; its pipeline gives the text as ``[B, 1, tokens, D]``."""
 
     layout = "BCFHW"
     block_lists = (("transformer_blocks", "num_layers"),)
-    text_width = "caption_channels"
+    text_width = None
     batched = ("encoder_hidden_states", "encoder_attention_mask")
 
     @classmethod
