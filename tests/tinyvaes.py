@@ -26,9 +26,10 @@ def wan_two_rates() -> Any:
 
 
 def wan_residual() -> Any:
-    """Wan 2.2 5B: residual blocks, patches of pixels."""
-    changes = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 4}
-    return wan(base_dim=4, dim_mult=[1, 1], **changes)
+    """Wan 2.2 5B: residual blocks, patches of pixels. Time doubles where channels are halved, so that the two frames
+    that a shortcut makes of one differ, and it matters which of them the first chunk drops."""
+    changes = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    return wan(base_dim=4, dim_mult=[1, 1, 2, 2], temperal_downsample=[True, False, False], **changes)
 
 
 def hunyuan() -> Any:

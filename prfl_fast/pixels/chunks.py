@@ -31,7 +31,7 @@ def decode_in_chunks(step: Step, chunks: Sequence[Tensor], carry: Any) -> Tensor
 
     Args:
         step: ``(index, chunk, carry) -> (frames, carry)``, a pure function; ``carry`` is any nest of lists, tuples and
-            dictionaries of tensors and constants.
+            dictionaries of tensors and constants, made anew for each call, which may put others in their places.
         chunks: inputs of the steps, at least one.
         carry: what the first step is given.
     """

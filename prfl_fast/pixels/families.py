@@ -104,7 +104,6 @@ def _wan_chunks(vae: Any, latents: Tensor) -> Tensor:
     patch = vae.config.patch_size
 
     def step(index: int, chunk: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
-        cache = list(cache)  # the decoder writes to it
         frames = vae.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
         if patch is not None:
             frames = unpatchify(frames, patch_size=patch)
