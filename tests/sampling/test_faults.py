@@ -104,6 +104,7 @@ def test_a_failure_at_every_call(error: type[BaseException], graph: str) -> None
     """Inside the second block: of the 10 calls of the forward and of the 9 recomputations of the backward."""
     rig = Rig(graph)
     rig.start()
+    fresh = rig.state()
     expected = rig.run()
     alive = living(rig.problem.latents.shape)
     places = []
@@ -121,6 +122,10 @@ def test_a_failure_at_every_call(error: type[BaseException], graph: str) -> None
         rig.right(expected)
     assert places == ["forward"] * CALLS + ["backward"] * (CALLS - 1)
     assert living(rig.problem.latents.shape) == alive
+    # A call that went well leaves nothing either, but for its draws and gradients.
+    kept = fresh.keys() - {"random", "which .grad", ".grad"}
+    now = rig.state()
+    assert_untouched({k: fresh[k] for k in kept}, {k: now[k] for k in kept})
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

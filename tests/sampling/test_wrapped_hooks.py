@@ -17,6 +17,7 @@ from familyloop import Case
 from torch import Tensor, nn
 
 import prfl_fast
+from prfl_fast.memory.plan import MemoryPlan
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -200,6 +201,21 @@ def test_weights_are_back_in_their_place(wrap: Wrap, graph: str, monkeypatch: py
     stop[0] = 0
     again = case.chain(graph=graph)
     assert all(torch.equal(again[group], expected[group]) for group in expected)
+
+
+@pytest.mark.parametrize("graph", ["chain", "steps"])
+def test_weights_of_recomputed_blocks_are_back_too(graph: str) -> None:
+    """The last thing that a block needs again is inside of its last layer, which is hooked: here the block itself."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    problem = plainloop.Problem(seed=3, scheduler=plainloop.scheduler("unipc"), steps=3, scale=2.0)
+    problem.net.blocks.requires_grad_(False)
+    hooks.apply_layerwise_casting(problem.net.blocks, torch.float32, torch.float64, skip_modules_pattern=())
+    before = dtypes(problem.net)
+    assert torch.float32 in before
+    expected = problem.plain_gradients()
+    actual = problem.chain_gradients(graph=graph, plan=MemoryPlan("blocks", True))
+    assert dtypes(problem.net) == before
+    plainloop.assert_same(actual, expected, 1e-10)
 
 
 def test_layerwise_casting_of_trainable_weights_is_refused() -> None:
