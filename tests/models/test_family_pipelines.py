@@ -155,7 +155,7 @@ def test_calls_are_the_pipelines_own(name: str, dtype: torch.dtype) -> None:
     words = "prompt_embeds_qwen" if name == "kandinsky5" else "prompt_embeds"
     handle = net.register_forward_pre_hook(called, with_kwargs=True)
     pipe(
-        num_inference_steps=3, output_type="latent", latents=cast(latents),
+        num_inference_steps=6, output_type="latent", latents=cast(latents),
         **{words: cast(family.keywords["encoder_hidden_states"])},
         **{key: cast(value) for key, value in arguments.items()},
         **({"guidance_scale": 1.0} if name in UNGUIDED else {}),
@@ -163,7 +163,7 @@ def test_calls_are_the_pipelines_own(name: str, dtype: torch.dtype) -> None:
     handle.remove()
 
     adapter = adapter_for(net)
-    assert len(calls) == len(steps) == 3
+    assert len(calls) == len(steps) == 6
     done: list[Tensor] = []
     for call, (prediction, t, sample) in zip(calls, steps, strict=True):
         shown, _ = call.pop("hidden_states"), call.pop("timestep")
