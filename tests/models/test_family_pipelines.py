@@ -23,7 +23,7 @@ Made = tuple[Any, Any, dict[str, Any]]  # network, pipeline, its arguments
 
 
 def flow() -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
 
 
 def skyreels(family: familynets.Family) -> Made:
@@ -179,5 +179,6 @@ def test_calls_are_the_pipelines_own(name: str, dtype: torch.dtype) -> None:
         # A scheduler step in float32 hides in which dtype the pipeline cast the prediction.
         assert mine.dtype == prediction.dtype
         assert torch.equal(mine, prediction)
-    rounded = [float(t) != float(t.to(dtype)) for _, t, _ in steps]
+    by = 1000 if name in ("flux", "qwen_image") else 1  # divided after the cast, which is not the same as before
+    rounded = [float((t / by).to(dtype if by > 1 else t.dtype)) != float(t.to(dtype) / by) for _, t, _ in steps]
     assert dtype == torch.float32 or any(rounded), "no timestep whose cast would show"
