@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prfl_fast.memory.plan import InfeasibleBudget, MemoryPlan
+    from prfl_fast.pixels import PixelDecoder
     from prfl_fast.reward import (
         LatentRewardModel,
         QueryAttentionPool,
@@ -35,6 +36,7 @@ _HOME = {
     "MemoryPlan": "prfl_fast.memory.plan",
     "ModelChangedError": "prfl_fast.sampling.guard",
     "NonlinearSchedulerError": "prfl_fast.solvers",
+    "PixelDecoder": "prfl_fast.pixels",
     "QueryAttentionPool": "prfl_fast.reward",
     "Sample": "prfl_fast.sampling.sample",
     "SolverTable": "prfl_fast.solvers",
@@ -54,6 +56,7 @@ __all__ = [
     "MemoryPlan",
     "ModelChangedError",
     "NonlinearSchedulerError",
+    "PixelDecoder",
     "QueryAttentionPool",
     "Sample",
     "SolverTable",

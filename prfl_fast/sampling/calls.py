@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -17,6 +18,7 @@ from prfl_fast.models.base import Adapter
 from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import StepWeights
 from prfl_fast.sampling.nodes import scale_gradient
+from prfl_fast.sampling.recovery import has_weight_hooks
 from prfl_fast.sampling.request import Conditioning, Request
 from prfl_fast.sampling.run import Run
 from prfl_fast.sampling.watch import CallWatch
@@ -57,6 +59,20 @@ def _checkpoints_itself_scaled(module: nn.Module, conditioning: Conditioning) ->
     return scaled and any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
 
 
+def _must_run_to_its_end(network: Any, own_backwards: bool) -> bool:
+    """Whether something waits for the end of a recomputation, which otherwise stops at the last tensor that is needed.
+
+    diffusers' hooks (layerwise casting, group offload) put a layer's weights back when its forward is left. DDP expects
+    a backward, to reduce its gradients, only after a forward that it has seen to its end: with a backward for each step
+    all but the first would stay on their own rank. What a plain callable holds is not known.
+    """
+    if not isinstance(network, nn.Module):
+        return True
+    if has_weight_hooks(network):
+        return True
+    return own_backwards and any(isinstance(part, DistributedDataParallel) for part in network.modules())
+
+
 def detach_conditioning(conditioning: Conditioning) -> Conditioning:
     """The same keyword arguments, tensors cut from the graph."""
     detached: Conditioning = tree_map_only(Tensor, Tensor.detach, conditioning)
@@ -72,11 +88,15 @@ class Caller:
         run: Run,
         conditioning: Sequence[Conditioning] | None = None,
         negative: Sequence[Conditioning] | None = None,
+        *,
+        own_backwards: bool = False,
     ) -> None:
         self._request = request
         self._run = run
         self._conditioning = request.conditioning if conditioning is None else conditioning
         self._negative = request.negative if negative is None else negative
+        networks = {id(n): n for n in (network.adapter.network for network in request.networks)}
+        self._whole = {key for key, n in networks.items() if _must_run_to_its_end(n, own_backwards)}
 
     def _evaluate(
         self, step: int, adapter: Adapter, watch: CallWatch | None, freeze: bool, x: Tensor, conditioning: Conditioning
@@ -90,6 +110,8 @@ class Caller:
             if run.in_backward:
                 run.guard.check()
             module = adapter.module()
+            if id(adapter.network) in self._whole:
+                stack.enter_context(set_checkpoint_early_stop(False))  # of blocks that are checkpoints themselves
             if freeze and module is not None:
                 stack.enter_context(_frozen(module))
             if torch.is_grad_enabled() and module is not None:
@@ -142,7 +164,8 @@ class Caller:
             prediction = call(x, conditioning)
         else:
             # A recomputation stops at the last tensor that the backward needs; to compare outputs it must not.
-            with set_checkpoint_early_stop(not self._request.verify_recompute):
+            whole = self._request.verify_recompute or id(adapter.network) in self._whole
+            with set_checkpoint_early_stop(not whole):
                 result: Any = checkpoint(call, x, conditioning, use_reentrant=False)
             prediction = result
         return scale_gradient(prediction, outer)

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from prfl_fast.sampling.guidance import Prediction
-from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.run import Backward, Run
 
 
 class _End:
-    """Ends a run's backward, whichever way it goes.
+    """Ends a backward, whichever way it goes.
 
     The autograd engine calls it when the whole backward is through, and drops it uncalled when anything in that
     backward has raised: a kernel out of memory, a hook of the user's, Ctrl-C.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run: Run | None = run
-        self._task = run.backward_task
+    def __init__(self, backward: Backward) -> None:
+        self._backward: Backward | None = backward
 
     def __call__(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
-            run.end_backward()
+        backward, self._backward = self._backward, None
+        if backward is not None:
+            backward.end()
 
     def __del__(self) -> None:
-        if self._run is not None and self._run.backward_task == self._task:
-            self._run.fail_backward()
+        if self._backward is not None:
+            self._backward.fail()
+
+
+# The engine's passes that are under way, by its own number: the only thing that two chains in one backward share.
+# Held by their _End alone.
+_PASSES: WeakValueDictionary[int, Backward] = WeakValueDictionary()
+
+
+def _join_backward(run: Run) -> None:
+    """Begins the run's part in the pass of the engine that is under way; a second tap of it finds it begun."""
+    task = torch._C._current_graph_task_id()
+    backward = _PASSES.get(task)
+    if backward is None:
+        backward = _PASSES[task] = Backward()
+        torch.autograd.Variable._execution_engine.queue_callback(_End(backward))
+    backward.begin(run)
 
 
 class _Root(torch.autograd.Function):
@@ -48,12 +63,7 @@ class _Root(torch.autograd.Function):
                 "create_graph=True is unsupported: the gradient through the sampling chain can't be differentiated "
                 "again. Call backward or torch.autograd.grad without create_graph."
             )
-        # Two taps in one backward begin it once; one that was left by an exception elsewhere does not count.
-        task = torch._C._current_graph_task_id()
-        if not run.in_backward or run.backward_task != task:
-            run.begin_backward()
-            run.backward_task = task
-            torch.autograd.Variable._execution_engine.queue_callback(_End(run))
+        _join_backward(run)
         return gradients[0], None
 
 

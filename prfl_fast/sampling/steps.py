@@ -22,7 +22,7 @@ from tqdm import tqdm
 from prfl_fast.sampling.calls import Caller
 from prfl_fast.sampling.modes import CONSTANT, EXACT, StepWeights
 from prfl_fast.sampling.request import Conditioning, Request
-from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.run import Backward, Run
 from prfl_fast.sampling.sample import Sample, Tap, TapLoss
 
 Cotangents = tuple[Tensor | None, ...]
@@ -102,11 +102,12 @@ class StepTape:
             raise RuntimeError("sample.backward() was called before: the tape is used up; sample again")
         given = _given(taps, gradient)
         request, run = self._request, self._run
-        run.begin_backward()
+        backward = Backward()
+        backward.begin(run)
         self._request = None
         with run.undoing():
             total = self._sweep(request, taps, given, gradient if callable(gradient) else None)
-            run.end_backward()
+            backward.end()
         return total
 
     def _sweep(
@@ -246,7 +247,7 @@ def run_steps(request: Request) -> Sample:
     """Samples, and keeps the tape."""
     run = Run(request)
     conditioning = _LeafConditioning(request)
-    caller = Caller(request, run, conditioning.positive, conditioning.negative)
+    caller = Caller(request, run, conditioning.positive, conditioning.negative, own_backwards=True)
     tape = StepTape(request, run, conditioning)
     solver, mode = request.solver, request.mode
     differentiated = [i for i in range(request.start_step, request.last_step) if request.differentiated(i)]
