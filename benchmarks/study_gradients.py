@@ -21,6 +21,7 @@ that of the full chain to that point. A process reward may be asked at any of th
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -29,11 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
 from torch import Tensor
 
 import prfl_fast
+from prfl_fast.benchmarks import record
 from prfl_fast.charts import TONES, Mark, Series, line_chart, picture
 from prfl_fast.demo.base import load_base
 from prfl_fast.demo.clips import make_clips
@@ -214,7 +215,8 @@ def draw(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = record.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the JSON to this file")
     parser.add_argument("--plot", type=Path, help="write the picture (SVG) to this file")
     parser.add_argument("--from", dest="earlier", type=Path, help="draw this JSON instead of measuring")
     parser.add_argument("--seeds", type=int, default=16)
@@ -228,7 +230,7 @@ def main() -> None:
             parser.error("--from: expected together with --plot")
         args.plot.write_text(draw(json.loads(args.earlier.read_text())["rows"]))
         return
-    start, about = time.perf_counter(), record.about()
+    start, about = time.perf_counter(), record.about(torch.device("cpu"))
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)

@@ -86,6 +86,13 @@ _ALL = (
         one_thread=True,
     ),
     Benchmark(
+        "chunked_decode",
+        "peak bytes and time of a video decoder's gradient, chunk by chunk against whole",
+        ("cpu",),
+        needs=("diffusers",),
+        one_thread=True,
+    ),
+    Benchmark(
         "solve_chain",
         "the planner: time, memory, gap, and its gain over greedy and uniform plans",
         ("cpu",),

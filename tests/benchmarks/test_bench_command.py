@@ -18,6 +18,7 @@ from prfl_fast.benchmarks.registry import BENCHMARKS, Benchmark, Row, Setting
 KEYS = {  # of every row of the benchmarks that are no contests; see test_bench_contest.py for those
     "chain_memory": {"way", "steps", "peak_bytes", "network_calls", "seconds", "relative_difference"},
     "chain_overhead": {"scheduler", "solver", "graph", "forward", "forward_backward", "first_probe_ms"},
+    "chunked_decode": {"way", "latent_frames", "frames", "peak_bytes", "processor_seconds"},
     "solve_chain": {"family", "blocks", "modes", "solves", "optimal", "seconds_median", "seconds_max", "megabytes"},
 }
 
