@@ -63,6 +63,7 @@ void find_least_peak(const Chain& chain, const Graph& graph, Int points, Plan& p
       fronts[i].push_back(std::move(front));
     }
   }
+  plan.least_choice.clear();
   int node = 0, at = static_cast<int>(fronts[0][0].size()) - 1;
   plan.least = fronts[0][0][at].need;
   for (int i = 0; i < n; ++i) {

@@ -15,6 +15,8 @@ namespace {
 // Labels per boundary of the searches that only want a good plan: the wide one then has far less to look at.
 constexpr Int kFirstLook = 16;
 constexpr Int kSecondLook = 1024;
+// Most budgets hold some plan, and to find one takes so many times fewer points than to prove the least peak.
+constexpr Int kFewerPoints = 8;
 
 bool proved(const Plan& plan) { return plan.found && plan.bound >= plan.extra; }
 
@@ -43,7 +45,8 @@ Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits,
            const std::vector<std::vector<int>>& seeds) {
   Plan plan;
   const Graph graph(chain, budget, host);
-  find_least_peak(chain, graph, limits.points, plan);
+  find_least_peak(chain, graph, limits.points / kFewerPoints, plan);
+  if (plan.least > budget && !plan.least_exact) find_least_peak(chain, graph, limits.points, plan);
   if (plan.least <= budget) {
     plan.found = true;
     plan.choice = plan.least_choice;
@@ -62,7 +65,8 @@ Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits,
   if (proved(plan)) return plan;
   // A hard chain: whatever becomes of the search, no simple plan shall beat it.
   try_simple_plans(chain, budget, host, seeds, plan);
-  improve(graph, prices, limits.fine_work, limits.fine_labels, limits, plan);
+  improve(graph, prices, limits.middle_work, limits.middle_labels, limits, plan);
+  if (!proved(plan)) improve(graph, prices, limits.fine_work, limits.fine_labels, limits, plan);
   return plan;
 }
 

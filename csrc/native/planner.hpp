@@ -34,8 +34,10 @@ using Chain = std::vector<std::vector<Mode>>;
 struct Limits {
   Int coarse_work;  // cell updates of the first grids
   Int coarse_labels;  // label expansions on them
-  Int fine_work;    // cell updates of the second grids
-  Int fine_labels;  // label expansions on them
+  Int middle_work;  // of the second
+  Int middle_labels;
+  Int fine_work;    // of the third
+  Int fine_labels;
   Int cells;        // cells held by all grids of a round
   Int labels;       // labels held by a search
   Int candidates;   // labels held before dominated ones are dropped

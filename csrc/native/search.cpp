@@ -9,7 +9,7 @@ namespace prfl::planner {
 namespace {
 
 constexpr Int kNarrowest = 16;  // labels that go on, however little work is left
-constexpr Int kKeepWork = 12;    // a label that is kept costs about as much as so many that are not
+constexpr Int kKeepWork = 10;    // a label that is kept costs about as much as so many that are not
 
 struct Label {
   int node;
@@ -21,15 +21,16 @@ struct Label {
   Int bound;
 };
 
-bool by_state(const Label& a, const Label& b) {
+// Objects, not functions: so that sorting inlines them.
+constexpr auto by_state = [](const Label& a, const Label& b) {
   if (a.node != b.node) return a.node < b.node;
   if (a.prefix != b.prefix) return a.prefix < b.prefix;
   return std::tie(a.taken, a.cost, a.parent, a.mode) < std::tie(b.taken, b.cost, b.parent, b.mode);
-}
+};
 
-bool by_bound(const Label& a, const Label& b) {
+constexpr auto by_bound = [](const Label& a, const Label& b) {
   return a.bound != b.bound ? a.bound < b.bound : by_state(a, b);
-}
+};
 
 void drop_dominated(std::vector<Label>& labels) {
   std::sort(labels.begin(), labels.end(), by_state);
@@ -62,9 +63,10 @@ void drop_dominated(std::vector<Label>& labels) {
 Int compact(std::vector<Label>& labels, Int width) {
   drop_dominated(labels);
   if (static_cast<Int>(labels.size()) <= width) return kNever;
-  std::sort(labels.begin(), labels.end(), by_bound);
+  std::nth_element(labels.begin(), labels.begin() + width, labels.end(), by_bound);
   const Int lost = labels[width].bound;
   labels.resize(width);
+  std::sort(labels.begin(), labels.end(), by_state);  // neighbours read the grids' neighbouring cells
   return lost;
 }
 

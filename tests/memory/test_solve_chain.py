@@ -160,7 +160,7 @@ def chain_of(blocks: Blocks, host: int) -> Chain:
 
 
 # Grids of few cells, searches of few labels, fronts of few points: everything that is cut short.
-SCARCE = Limits(2_000, 200, 20_000, 600, 2_000, 3_000, 20, 1)
+SCARCE = Limits(2_000, 200, 4_000, 300, 20_000, 600, 2_000, 3_000, 20, 1)
 SCARCE_ROOMY = SCARCE._replace(candidates=10_000)  # what is too much is seen at the end of a block only
 
 
@@ -228,7 +228,9 @@ def test_never_slower_than_greedy_nor_than_one_mode_for_all(native: Any, offload
         seeds = door._one_mode_for_all(original)
         floor = Best()
         try_simple_plans(chain, budget, host, seeds, [0] * len(chain), floor)
-        cut = twin.solve(chain, budget, host, SCARCE._replace(coarse_work=1, fine_work=1, points=1 << 18), seeds)
+        cut = twin.solve(
+            chain, budget, host, SCARCE._replace(coarse_work=1, middle_work=1, fine_work=1, points=1 << 18), seeds
+        )
         for name, rule in (("greedy", greedy), ("uniform", uniform)):
             added = rule(blocks, budget, host, rate)
             if added is not None:
@@ -243,7 +245,7 @@ def test_seeds_are_a_floor_of_their_own() -> None:
     bait, better, lean = Mode(5, 5, 0, 50), Mode(6, 6, 0, 10), Mode(0, 0, 0, 100)
     blocks: Blocks = [[bait, better, lean]] * 2
     chain = chain_of(blocks, 0)
-    nothing = Limits(1, 0, 1, 0, 1, 1, 1, 1)
+    nothing = Limits(1, 0, 1, 0, 1, 0, 1, 1, 1, 1)
     seeded = twin.solve(chain, 12, 0, nothing, [[1, 1]])
     assert seeded.extra == 20 and seeded.choice == [1, 1]
     assert twin.solve(chain, 11, 0, nothing, [[1, 1], [0, 1]]).extra == 60  # the first does not fit

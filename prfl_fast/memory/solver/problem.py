@@ -39,8 +39,8 @@ class Limits(NamedTuple):
     Attributes:
         coarse_work: cell updates of the first grids.
         coarse_labels: label expansions on them.
-        fine_work: cell updates of the second grids.
-        fine_labels: label expansions on them.
+        middle_work, middle_labels: the same of the second grids.
+        fine_work, fine_labels: the same of the third.
         cells: cells held by all grids of a round.
         labels: labels held by a search.
         candidates: labels held before dominated ones are dropped.
@@ -49,8 +49,10 @@ class Limits(NamedTuple):
 
     coarse_work: int = 4_000_000
     coarse_labels: int = 300_000
+    middle_work: int = 60_000_000
+    middle_labels: int = 3_000_000
     fine_work: int = 300_000_000
-    fine_labels: int = 40_000_000
+    fine_labels: int = 50_000_000
     cells: int = 8_000_000
     labels: int = 3_000_000
     candidates: int = 1 << 17

@@ -31,8 +31,10 @@ _SCALE = 20  # prices are fixed-point numbers: 2^-20 ns per byte
 # Labels per boundary of the searches that only want a good plan: the wide one then has far less to look at.
 _FIRST_LOOK = 16
 _SECOND_LOOK = 1024
+# Most budgets hold some plan, and to find one takes so many times fewer points than to prove the least peak.
+_FEWER_POINTS = 8
 _NARROWEST = 16  # labels that go on, however little work is left
-_KEEP_WORK = 12  # a label that is kept costs about as much as so many that are not
+_KEEP_WORK = 10  # a label that is kept costs about as much as so many that are not
 
 
 class Arc(NamedTuple):
@@ -267,7 +269,7 @@ def compact(labels: list[Label], width: int) -> tuple[list[Label], int]:
     if len(labels) <= width:
         return labels, NEVER
     labels.sort(key=lambda label: (label.bound, label))
-    return labels[:width], labels[width].bound
+    return sorted(labels[:width]), labels[width].bound
 
 
 def search(graph: Graph, grids: list[Grid], work: int, width: int, candidates: int, best: Best) -> int:
@@ -345,7 +347,9 @@ def solve(chain: Chain, budget: int, host: int, limits: Limits, seeds: list[list
     Never slower than the greedy plan and those of ``seeds``, as far as they fit.
     """
     graph = Graph(chain, budget, host)
-    least_choice, least, exact = least_peak(chain, graph, limits.points)
+    least_choice, least, exact = least_peak(chain, graph, limits.points // _FEWER_POINTS)
+    if least > budget and not exact:
+        least_choice, least, exact = least_peak(chain, graph, limits.points)
     best = Best()
     if least <= budget:
         best.found, best.choice, best.extra = True, least_choice, added_by(chain, least_choice)
@@ -360,5 +364,7 @@ def solve(chain: Chain, budget: int, host: int, limits: Limits, seeds: list[list
         if not best.proved:
             # A hard chain: whatever becomes of the search, no simple plan shall beat it.
             try_simple_plans(chain, budget, host, seeds, least_choice, best)
+            improve(graph, prices, limits.middle_work, limits.middle_labels, limits, best)
+        if not best.proved:
             improve(graph, prices, limits.fine_work, limits.fine_labels, limits, best)
     return Solution(best.found, best.choice, best.extra, best.bound, least_choice, least, exact)
