@@ -106,11 +106,11 @@ def solve_chain(
     nanoseconds, plus ``2 c`` of the last block, whose copies nothing hides. (A barrier stands after every block: a copy
     belongs to one neighbour's time.) Integers throughout: a plan that is given never exceeds the budget.
 
-    Deterministic: the search stops after a count of operations, never after a time; that is under a second of the
-    compiled core, which lets other Python threads run meanwhile (an interrupt is seen when it ends). Chains that occur
-    in practice are solved to proved optimality; a hard one comes with its certified gap, and is never slower than any
-    single mode for all blocks nor than greedy (from the leanest modes on, the change of one block that saves most time
-    per further byte, as long as one fits).
+    Deterministic: the search stops after a count of operations, never after a time. For some tens of blocks that is
+    under a second of the compiled core, which lets other Python threads run (an interrupt is seen when it ends). Chains
+    that occur in practice are solved to proved optimality; a hard one comes with its certified gap, and is never slower
+    than any single mode for all blocks nor than greedy (from the leanest modes on, the change of one block that saves
+    most time per further byte, as long as one fits).
 
     Args:
         blocks: the ways to run each block, in the order of the forward. Stem and head are blocks too.
