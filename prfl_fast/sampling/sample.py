@@ -121,7 +121,8 @@ class Sample:
     def gradient_norms(self) -> Tensor:
         """[number of steps] float64: 2-norm of the gradient that reached the (guided) prediction of each step in the
         last backward; NaN where none did. Where the gradients of several taps reach a step apart, the root of the sum
-        of their squares."""
+        of their squares. Where the solver's step combines guidance's branches it is told from one of theirs, so it is
+        good to the rounding of their dtype."""
         return self._run.gradient_norms()
 
     @property
