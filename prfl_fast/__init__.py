@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from prfl_fast.memory.plan import InfeasibleBudget, MemoryPlan
     from prfl_fast.models.fused import fuse, unfuse
+    from prfl_fast.pixels import PixelDecoder
     from prfl_fast.reward import (
         LatentRewardModel,
         QueryAttentionPool,
@@ -36,6 +37,7 @@ _HOME = {
     "MemoryPlan": "prfl_fast.memory.plan",
     "ModelChangedError": "prfl_fast.sampling.guard",
     "NonlinearSchedulerError": "prfl_fast.solvers",
+    "PixelDecoder": "prfl_fast.pixels",
     "QueryAttentionPool": "prfl_fast.reward",
     "Sample": "prfl_fast.sampling.sample",
     "SolverTable": "prfl_fast.solvers",
@@ -57,6 +59,7 @@ __all__ = [
     "MemoryPlan",
     "ModelChangedError",
     "NonlinearSchedulerError",
+    "PixelDecoder",
     "QueryAttentionPool",
     "Sample",
     "SolverTable",

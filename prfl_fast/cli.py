@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -73,6 +74,31 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Time ops and headlines beside what people use today; see :func:`prfl_fast.benchmarks.run.run`."""
+    from prfl_fast.benchmarks.registry import BENCHMARKS
+
+    if options.list:
+        for benchmark in BENCHMARKS.values():
+            print(f"{benchmark.name:<15} {', '.join(benchmark.devices):<10} {benchmark.measures}")
+        return 0
+    from prfl_fast.benchmarks.run import Report, failed, run, setting_for
+
+    reports: list[Report] = []
+    setting = setting_for(options.device, options.seconds, options.tiny)
+    show = _to_stderr if options.json else print
+    try:
+        run(options.names, setting, reports, output=options.output, show=show, tell=_to_stderr)
+    finally:  # Ctrl-C: the rows so far
+        if options.json and reports:
+            print(json.dumps(reports, indent=2))
+    return EXIT_FAILED if failed(reports) else 0
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prfl-fast", description="Exact reward gradients through the whole sampling chain, in bounded memory."
@@ -119,6 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--arch", type=_names, metavar="NAMES", help="sm_80,sm_90,sm_100 (all of them by default)")
     command.add_argument("--op", type=_names, metavar="NAMES", help="these ops alone, e.g. modulated_norm,qk_norm_rope")
     command.add_argument("--report", metavar="FILE", help="write all numbers to this JSON file")
+    _add_traceback(command)
+
+    command = commands.add_parser(
+        "bench",
+        help="time ops and chains beside what people use today, and check that they are right",
+        description="Results are checked before they are timed. Exit code 1 when one is wrong.",
+    )
+    command.set_defaults(run=bench)
+    command.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (none: all that the device can)")
+    command.add_argument("--list", action="store_true", help="say which there are and stop")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:1 (none: the GPU if any)")
+    command.add_argument("--seconds", type=float, default=1.0, help="for each measurement of an op (1)")
+    command.add_argument("--output", metavar="DIR", help="write a JSON file per benchmark, again after each row")
+    command.add_argument("--json", action="store_true", help="print the JSON; what goes on is told on stderr")
+    command.add_argument("--tiny", action="store_true", help="next to no work: a smoke test")
     _add_traceback(command)
     return parser
 

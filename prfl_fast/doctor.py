@@ -21,6 +21,7 @@ import torch
 import prfl_fast
 from prfl_fast._env import variables_worth_showing
 from prfl_fast.exactness import GradientCheck, check_gradients
+from prfl_fast.memory.solver.chain import missing_core
 from prfl_fast.ops import library
 from prfl_fast.ops.attention import choice
 
@@ -164,11 +165,12 @@ def _compiled() -> dict[str, str]:
         kernels = f"not built ({ops.reason}); {library.REMEDY}"
     else:
         kernels = f"for {', '.join(ops.archs)} (nvcc {ops.cuda})"
-    planner = importlib.util.find_spec("prfl_fast._native") is not None
+    planner = missing_core()
+    twin = f"not there ({planner}): the same in Python runs instead, slower and on hard chains with larger gaps"
     return {
         "CPU ops": f"{without}; {library.REMEDY_CPU}" if ops is None else "built",
         "CUDA kernels": kernels,
-        "planner core": "built" if planner else f"{without}; {library.REMEDY_CPU}",
+        "planner core": "built" if planner is None else f"{twin}; {library.REMEDY_CPU}",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -110,6 +111,45 @@ def by_counts(block: list[Mode], count: int, budget: int) -> int | None:
         if peak <= budget and (best is None or added < best):
             best = added
     return best
+
+
+def uniform(blocks: Blocks, budget: int, host: int, bytes_per_second: int | None) -> int | None:
+    """Least added time of one mode for all blocks; None: none fits."""
+    fitting = []
+    for m in range(min(map(len, blocks))):
+        peak, added, on_host = simulate(blocks, [m] * len(blocks), bytes_per_second)
+        if peak <= budget and on_host <= host:
+            fitting.append(added)
+    return min(fitting, default=None)
+
+
+def greedy(blocks: Blocks, budget: int, host: int, bytes_per_second: int | None) -> int | None:
+    """Added time of the greedy plan: from the leanest modes on, the change of one block that saves most time per
+    further byte (of equal ones the first), while one fits; None: the leanest modes don't fit."""
+
+    def size(mode: Mode) -> tuple[int, int]:
+        whole = max(mode.forward_peak, mode.kept + mode.backward_transient)
+        return mode.kept + mode.offloaded, whole
+
+    # A mode that the host can't hold by itself is no mode.
+    allowed = [[m for m, mode in enumerate(block) if mode.offloaded <= host] for block in blocks]
+    choice = [min(ms, key=lambda m: size(block[m])) for ms, block in zip(allowed, blocks, strict=True)]
+    peak, added, on_host = simulate(blocks, choice, bytes_per_second)
+    if peak > budget or on_host > host:
+        return None
+    while True:
+        best, changed = Fraction(0), None
+        for i, block in enumerate(blocks):
+            for m in allowed[i]:
+                other = [*choice[:i], m, *choice[i + 1 :]]
+                peak, after, on_host = simulate(blocks, other, bytes_per_second)
+                if peak <= budget and on_host <= host and after < added:
+                    gain = Fraction(added - after, max(1, size(block[m])[0] - size(block[choice[i]])[0]))
+                    if gain > best:
+                        best, changed = gain, (other, after)
+        if changed is None:
+            return added
+        choice, added = changed
 
 
 def highs(blocks: Blocks, budget: int, host: int, bytes_per_second: int | None) -> list[int] | None:

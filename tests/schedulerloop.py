@@ -96,11 +96,19 @@ def own_loop(
     if steps is not None:
         scheduler.set_timesteps(steps)
     more = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
+    kind, times, old = type(scheduler).__name__, scheduler.timesteps, None
+    for i, t in enumerate(times):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = net(scaled, t)
         output = output if output_dtype is None else output.to(output_dtype)
+        if kind == "CogVideoXDPMScheduler":  # as in CogVideoXPipeline
+            x, old = scheduler.step(output, old, t, times[i - 1] if i > 0 else None, x, return_dict=False, **more)
+            continue
+        if kind == "UnCLIPScheduler":  # as in UnCLIPPipeline
+            more["prev_timestep"] = times[i + 1] if i + 1 < len(times) else None
         x = scheduler.step(output, t, x, return_dict=False, **more)[0]
+        if kind == "SCMScheduler" and i + 2 == len(times):  # as in SanaSprintPipeline: timesteps[:-1]
+            break
     return x
 
 

@@ -21,22 +21,24 @@ PACKAGE = ROOT / "prfl_fast"
 # Room -> rooms that it may import. A new top-level module has to be given its place here.
 ARROWS: dict[str, set[str]] = {
     "_env": set(),
+    "charts": set(),
     "kernels": set(),
     "_native": set(),  # compiled: csrc/native
     "ops": {"_env", "kernels"},
     "solvers": {"ops"},
     "memory": {"ops", "_native"},
     "models": {"ops", "memory"},
-    "sampling": {"ops", "solvers", "memory", "models"},
+    "pixels": set(),
+    "sampling": {"charts", "ops", "solvers", "memory", "models", "pixels"},
     "reward": {"ops", "models"},
-    "demo": {"sampling", "reward", ""},  # uses the public face, as a user does
+    "demo": {"charts", "sampling", "reward", ""},  # uses the public face, as a user does
     "twin": set(),
     "exactness": {"sampling", "twin"},
-    "doctor": {"_env", "exactness", "ops", ""},
+    "doctor": {"_env", "exactness", "memory", "ops", ""},
     "compile": {"kernels"},
     "benchmarks": {"ops", "memory", ""},
-    "cli": {"compile", "demo", "doctor", ""},
-    "": {"memory", "models", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
+    "cli": {"benchmarks", "compile", "demo", "doctor", ""},
+    "": {"memory", "models", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 
 # What no import may bring: the extras, and what is slow to load and only needed by some functions.

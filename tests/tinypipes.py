@@ -188,6 +188,27 @@ def wan_image(dtype: torch.dtype, solver: str = "unipc", *, kind: str = "clip") 
     return _ready(pipe, dtype)
 
 
+def wan_vace(dtype: torch.dtype, solver: str = "unipc", *, experts: int = 1) -> Any:
+    """WanVACEPipeline, one of its two layers under control; with two experts that of Wan 2.2."""
+    import diffusers
+
+    def transformer() -> nn.Module:
+        # Control channels: kept and new latents, 8 x 8 pixels of the mask.
+        small = {"num_layers": 2, "ffn_dim": 32, "text_dim": _TEXT_DIM, "freq_dim": 16, "in_channels": 16}
+        return diffusers.WanVACETransformer3DModel(**_HEADS, **small, vace_layers=[0], vace_in_channels=2 * 16 + 64)
+
+    pipe = diffusers.WanVACEPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=_t5("UMT5"),
+        vae=_wan_vae(),
+        scheduler=scheduler(solver),
+        transformer=transformer(),
+        transformer_2=transformer() if experts == 2 else None,
+        boundary_ratio=0.85 if experts == 2 else None,
+    )
+    return _ready(pipe, dtype)
+
+
 def hunyuan(dtype: torch.dtype, solver: str = "euler") -> Any:
     """HunyuanVideoPipeline with embedded guidance."""
     import diffusers
@@ -221,6 +242,15 @@ def hunyuan(dtype: torch.dtype, solver: str = "euler") -> Any:
 
 def ltx(dtype: torch.dtype, solver: str = "euler_dynamic") -> Any:
     """LTXPipeline, its schedule shifted by the number of tokens."""
+    return _ltx("LTXPipeline", dtype, solver)
+
+
+def ltx_image(dtype: torch.dtype, solver: str = "euler_dynamic") -> Any:
+    """LTXImageToVideoPipeline."""
+    return _ltx("LTXImageToVideoPipeline", dtype, solver)
+
+
+def _ltx(name: str, dtype: torch.dtype, solver: str) -> Any:
     import diffusers
 
     transformer = diffusers.LTXVideoTransformer3DModel(
@@ -233,7 +263,7 @@ def ltx(dtype: torch.dtype, solver: str = "euler_dynamic") -> Any:
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
-    pipe = diffusers.LTXPipeline(
+    pipe = getattr(diffusers, name)(
         scheduler=scheduler(solver),
         vae=vae,
         text_encoder=_t5("T5"),

@@ -117,4 +117,14 @@ PRFL_INLINE Half narrow<Half>(double value) {
   return narrow<Half>(static_cast<float>(value));
 }
 
+// The nearest value of a dtype that is no wider than the argument's own, in the argument's own.
+PRFL_INLINE double round_to(double value, Scalar) { return value; }
+PRFL_INLINE float round_to(float value, Scalar scalar) {
+  switch (scalar) {
+    case Scalar::f16: return widen(narrow<Half>(value));
+    case Scalar::bf16: return widen(narrow<BFloat16>(value));
+    default: return value;
+  }
+}
+
 }  // namespace prfl

@@ -14,7 +14,7 @@ namespace {
 using prfl::planner::Int;
 
 py::tuple solve_chain(const std::vector<std::vector<std::array<Int, 7>>>& blocks, Int budget, Int host,
-                      const std::array<Int, 8>& limits) {
+                      const std::array<Int, 10>& limits, const std::vector<std::vector<int>>& seeds) {
   prfl::planner::Plan plan;
   {
     const py::gil_scoped_release released;
@@ -25,7 +25,9 @@ py::tuple solve_chain(const std::vector<std::vector<std::array<Int, 7>>>& blocks
       chain.push_back(std::move(modes));
     }
     plan = prfl::planner::solve(chain, budget, host,
-                                {limits[0], limits[1], limits[2], limits[3], limits[4], limits[5], limits[6], limits[7]});
+                                {limits[0], limits[1], limits[2], limits[3], limits[4], limits[5], limits[6], limits[7],
+                                 limits[8], limits[9]},
+                                seeds);
   }
   return py::make_tuple(plan.found, plan.choice, plan.extra, plan.bound, plan.least_choice, plan.least,
                         plan.least_exact);
@@ -36,5 +38,5 @@ py::tuple solve_chain(const std::vector<std::vector<std::array<Int, 7>>>& blocks
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Host code that must be fast; prfl_fast/memory/solver/twin.py is the same in Python.";
   module.def("solve_chain", &solve_chain, py::arg("blocks"), py::arg("budget"), py::arg("host"), py::arg("limits"),
-             "The planner core. Fields of modes, limits and result: csrc/native/planner.hpp, in that order.");
+             py::arg("seeds"), "The planner core. Fields of modes, limits and result: csrc/native/planner.hpp, in that order.");
 }

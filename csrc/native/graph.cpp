@@ -68,6 +68,17 @@ Int entered(const Node& node, const Mode& mode) {
   return mode.extra + stall(node.copy, mode.forward) + stall(node.copy, mode.backward);
 }
 
+Int added_by(const Chain& chain, const std::vector<int>& choice) {
+  Node node{0, 0};
+  Int total = 0;
+  for (std::size_t i = 0; i < chain.size(); ++i) {
+    const Mode& mode = chain[i][choice[i]];
+    total += entered(node, mode);
+    node = {mode.offloaded, mode.copy};
+  }
+  return total + 2 * node.copy;
+}
+
 Graph::Graph(const Chain& chain, Int budget, Int host)
     : budget(budget), host(host), nodes(make_nodes(chain)), need(least_need(chain, nodes)) {
   Int divisor = 0;
@@ -100,20 +111,20 @@ Graph::Graph(const Chain& chain, Int budget, Int host)
         if (room < 0) continue;
         row.push_back({std::min(room / unit, most_kept), mode.kept / unit, entered(node, mode), mode.offloaded, m,
                        target_of(nodes[i + 1], mode.offloaded)});
-        longest = std::max(longest, row.back().limit + row.back().kept);
       }
       arcs.push_back(undominated(std::move(row)));
     }
     table.push_back(static_cast<int>(tables.size()));
     tables.push_back(std::move(arcs));
   }
-}
-
-Int Graph::count_arcs() const {
-  Int count = 0;
-  for (int i = 0; i < blocks(); ++i)
-    for (const auto& row : arcs(i)) count += static_cast<Int>(row.size());
-  return count;
+  reach.push_back(0);
+  for (int i = 0; i < blocks(); ++i) {
+    const Int room = budget - *std::min_element(need[i + 1].begin(), need[i + 1].end());
+    Int longest = 0;
+    for (const auto& row : this->arcs(i))
+      for (const Arc& arc : row) longest = std::max(longest, std::min(arc.limit, reach.back()) + arc.kept);
+    reach.push_back(std::clamp<Int>(room / unit, 0, longest));
+  }
 }
 
 Int Graph::count_nodes() const {

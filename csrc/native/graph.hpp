@@ -34,12 +34,14 @@ int target_of(const std::vector<Node>& row, Int offloaded);
 // Added time of a mode that is entered from a node.
 Int entered(const Node& node, const Mode& mode);
 
+// Added time of a plan, stalls included.
+Int added_by(const Chain& chain, const std::vector<int>& choice);
+
 struct Graph {
   Graph(const Chain& chain, Int budget, Int host);
 
   int blocks() const { return static_cast<int>(table.size()); }
   const Arcs& arcs(int block) const { return tables[table[block]]; }
-  Int count_arcs() const;
   Int count_nodes() const;
 
   Int budget;
@@ -50,7 +52,7 @@ struct Graph {
   std::vector<std::vector<Int>> need;  // by boundary and node: the least budget of the rest, were there no prefix
   Int unit = 1;
   Int most_kept = 0;        // no prefix is longer, in units
-  Int longest = 0;          // no prefix on an arc's far side is longer
+  std::vector<Int> reach;   // by boundary: no prefix of a plan within the budget is longer there, in units
   Int most_cost = 0;        // no plan adds more
   Int most_offloaded = 0;   // no plan offloads more
   bool host_binds = false;  // some plan offloads more than the host holds

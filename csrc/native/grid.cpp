@@ -12,22 +12,24 @@ Int value_of(Int price, Int bytes) { return static_cast<Int>((static_cast<__int1
 }  // namespace
 
 Grid::Grid(const Graph& graph, int shift, Int price)
-    : graph_(&graph), shift_(shift), price_(price), cells_((graph.longest >> shift) + 1) {
+    : graph_(&graph), shift_(shift), price_(price) {
   const int n = graph.blocks();
-  Int rows = 0;
-  for (const auto& nodes : graph.nodes) {
-    start_.push_back(rows);
-    rows += static_cast<Int>(nodes.size());
+  Int size = 0;
+  for (int i = 0; i <= n; ++i) {
+    start_.push_back(size);
+    cells_.push_back((graph.reach[i] >> shift) + 1);
+    size += static_cast<Int>(graph.nodes[i].size()) * cells_[i];
   }
-  value_.assign(rows * cells_, kNever);
+  value_.assign(size, kNever);
   for (int a = 0; a < static_cast<int>(graph.nodes[n].size()); ++a)
-    std::fill_n(row(n, a), cells_, 2 * graph.nodes[n][a].copy);  // nothing is left to hide the last block's copies
+    std::fill_n(row(n, a), cells_[n], 2 * graph.nodes[n][a].copy);  // nothing is left to hide the last block's copies
   for (int i = n - 1; i >= 0; --i) {
     for (int a = 0; a < static_cast<int>(graph.nodes[i].size()); ++a) {
       Int* to = row(i, a);
       for (const Arc& arc : graph.arcs(i)[a]) {
-        const Int* from = row(i + 1, arc.target) + (arc.kept >> shift);
-        const Int count = (arc.limit >> shift) + 1;
+        const Int first = arc.kept >> shift;
+        const Int* from = row(i + 1, arc.target) + first;
+        const Int count = std::min({(arc.limit >> shift) + 1, cells_[i], cells_[i + 1] - first});
         const Int cost = priced(arc);
         for (Int x = 0; x < count; ++x) to[x] = std::min(to[x], from[x] + cost);
       }
@@ -49,7 +51,8 @@ Int Grid::offloaded() const {
   for (int i = 0; i < graph_->blocks(); ++i) {
     for (const Arc& arc : graph_->arcs(i)[node]) {
       const Int next = cell + (arc.kept >> shift_);
-      if (cell > arc.limit >> shift_ || priced(arc) + row(i + 1, arc.target)[next] != row(i, node)[cell]) continue;
+      if (cell > arc.limit >> shift_ || next >= cells_[i + 1]) continue;
+      if (priced(arc) + row(i + 1, arc.target)[next] != row(i, node)[cell]) continue;
       total += arc.offloaded;
       cell = next;
       node = arc.target;
@@ -60,10 +63,18 @@ Int Grid::offloaded() const {
 }
 
 int shift_for(const Graph& graph, Int work, Int cells) {
-  const Int most = std::max<Int>(1, std::min(work / std::max<Int>(1, graph.count_arcs()), cells / graph.count_nodes()));
-  int shift = 0;
-  while (graph.longest >> shift >= most && graph.longest >> shift > 0) ++shift;
-  return shift;
+  const Int longest = *std::max_element(graph.reach.begin(), graph.reach.end());
+  for (int shift = 0;; ++shift) {
+    if (longest >> shift >= std::max<Int>(1, cells)) continue;  // one row is too long; nor may the sums overflow
+    Int updates = 0, held = 0;
+    for (int i = 0; i <= graph.blocks(); ++i) {
+      const Int row = (graph.reach[i] >> shift) + 1;
+      held += row * static_cast<Int>(graph.nodes[i].size());
+      if (i < graph.blocks())
+        for (const auto& arcs : graph.arcs(i)) updates += row * static_cast<Int>(arcs.size());
+    }
+    if ((updates <= work && held <= cells) || longest >> shift == 0) return shift;
+  }
 }
 
 Int best_price(const Graph& graph, int shift) {

@@ -18,15 +18,15 @@ class Grid {
   Int offloaded() const;
 
  private:
-  const Int* row(int boundary, int node) const { return value_.data() + (start_[boundary] + node) * cells_; }
-  Int* row(int boundary, int node) { return value_.data() + (start_[boundary] + node) * cells_; }
+  const Int* row(int boundary, int node) const { return value_.data() + start_[boundary] + node * cells_[boundary]; }
+  Int* row(int boundary, int node) { return value_.data() + start_[boundary] + node * cells_[boundary]; }
   Int priced(const Arc& arc) const;
 
   const Graph* graph_;
   int shift_;
   Int price_;
-  Int cells_;
-  std::vector<Int> start_;  // first row of each boundary
+  std::vector<Int> cells_;  // of one row of each boundary
+  std::vector<Int> start_;  // first cell of each boundary
   std::vector<Int> value_;
 };
 

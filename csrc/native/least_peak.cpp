@@ -36,7 +36,7 @@ std::vector<Point> thinned(const std::vector<Point>& front, Int most) {
 
 void find_least_peak(const Chain& chain, const Graph& graph, Int points, Plan& plan) {
   const int n = graph.blocks();
-  const Int most = std::max<Int>(16, points / graph.count_nodes());
+  Int nodes_left = graph.count_nodes();
   std::vector<std::vector<std::vector<Point>>> fronts(n + 1);
   fronts[n].assign(graph.nodes[n].size(), {Point{0, 0, 0, 0}});
   plan.least_exact = true;
@@ -53,13 +53,17 @@ void find_least_peak(const Chain& chain, const Graph& graph, Int points, Plan& p
         }
       }
       front = undominated(std::move(front));
+      const Int most = std::max<Int>(16, points / nodes_left);  // what others left unused is shared out again
       if (static_cast<Int>(front.size()) > most) {
         front = thinned(front, most);
         plan.least_exact = false;
       }
+      points = std::max<Int>(0, points - static_cast<Int>(front.size()));
+      --nodes_left;
       fronts[i].push_back(std::move(front));
     }
   }
+  plan.least_choice.clear();
   int node = 0, at = static_cast<int>(fronts[0][0].size()) - 1;
   plan.least = fronts[0][0][at].need;
   for (int i = 0; i < n; ++i) {

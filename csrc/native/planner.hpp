@@ -34,8 +34,10 @@ using Chain = std::vector<std::vector<Mode>>;
 struct Limits {
   Int coarse_work;  // cell updates of the first grids
   Int coarse_labels;  // label expansions on them
-  Int fine_work;    // cell updates of the second grids
-  Int fine_labels;  // label expansions on them
+  Int middle_work;  // of the second
+  Int middle_labels;
+  Int fine_work;    // of the third
+  Int fine_labels;
   Int cells;        // cells held by all grids of a round
   Int labels;       // labels held by a search
   Int candidates;   // labels held before dominated ones are dropped
@@ -52,8 +54,10 @@ struct Plan {
   bool least_exact = true;   // proved: no plan has a lower peak
 };
 
-// The fastest plan whose peak stays within `budget` bytes and whose offloaded bytes sum to at most `host`. Every block
-// has a mode that offloads nothing or `host` allows each mode by itself; sums over the chain stay below 2^60.
-Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits);
+// The fastest plan whose peak stays within `budget` bytes and whose offloaded bytes sum to at most `host`, which allows
+// each mode by itself and some plan; sums over the chain stay below 2^59. Never slower than the greedy plan and those of
+// `seeds`, as far as they fit.
+Plan solve(const Chain& chain, Int budget, Int host, const Limits& limits,
+           const std::vector<std::vector<int>>& seeds);
 
 }  // namespace prfl::planner

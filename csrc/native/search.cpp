@@ -2,14 +2,14 @@
 
 #include <algorithm>
 #include <iterator>
-#include <map>
 #include <tuple>
+#include <utility>
 
 namespace prfl::planner {
 namespace {
 
 constexpr Int kNarrowest = 16;  // labels that go on, however little work is left
-constexpr Int kKeepWork = 8;    // a label that is kept costs about as much as so many that are not
+constexpr Int kKeepWork = 10;    // a label that is kept costs about as much as so many that are not
 
 struct Label {
   int node;
@@ -21,28 +21,39 @@ struct Label {
   Int bound;
 };
 
-bool by_state(const Label& a, const Label& b) {
-  return std::tie(a.node, a.prefix, a.taken, a.cost, a.parent, a.mode) <
-         std::tie(b.node, b.prefix, b.taken, b.cost, b.parent, b.mode);
-}
+// Objects, not functions: so that sorting inlines them.
+constexpr auto by_state = [](const Label& a, const Label& b) {
+  if (a.node != b.node) return a.node < b.node;
+  if (a.prefix != b.prefix) return a.prefix < b.prefix;
+  return std::tie(a.taken, a.cost, a.parent, a.mode) < std::tie(b.taken, b.cost, b.parent, b.mode);
+};
 
-bool by_bound(const Label& a, const Label& b) {
+constexpr auto by_bound = [](const Label& a, const Label& b) {
   return a.bound != b.bound ? a.bound < b.bound : by_state(a, b);
-}
+};
 
 void drop_dominated(std::vector<Label>& labels) {
   std::sort(labels.begin(), labels.end(), by_state);
-  std::map<Int, Int> stairs;  // host bytes -> least cost so far with at most as many; costs fall from step to step
+  // Host bytes -> least cost so far with at most as many; costs fall from step to step.
+  std::vector<std::pair<Int, Int>> stairs;
   int node = -1;
   std::size_t kept = 0;
   for (std::size_t i = 0; i < labels.size(); ++i) {
     const Label label = labels[i];
     if (label.node != node) stairs.clear();
     node = label.node;
-    const auto above = stairs.upper_bound(label.taken);
+    const auto above = std::upper_bound(stairs.begin(), stairs.end(), label.taken,
+                                        [](Int taken, const auto& stair) { return taken < stair.first; });
     if (above != stairs.begin() && std::prev(above)->second <= label.cost) continue;
-    auto next = std::next(stairs.insert_or_assign(label.taken, label.cost).first);
-    while (next != stairs.end() && next->second >= label.cost) next = stairs.erase(next);
+    const auto at = above != stairs.begin() && std::prev(above)->first == label.taken ? std::prev(above) : above;
+    auto end = at;
+    while (end != stairs.end() && end->second >= label.cost) ++end;
+    if (end == at) {
+      stairs.insert(at, {label.taken, label.cost});
+    } else {
+      *at = {label.taken, label.cost};
+      stairs.erase(std::next(at), end);
+    }
     labels[kept++] = label;
   }
   labels.resize(kept);
@@ -52,9 +63,10 @@ void drop_dominated(std::vector<Label>& labels) {
 Int compact(std::vector<Label>& labels, Int width) {
   drop_dominated(labels);
   if (static_cast<Int>(labels.size()) <= width) return kNever;
-  std::sort(labels.begin(), labels.end(), by_bound);
+  std::nth_element(labels.begin(), labels.begin() + width, labels.end(), by_bound);
   const Int lost = labels[width].bound;
   labels.resize(width);
+  std::sort(labels.begin(), labels.end(), by_state);  // neighbours read the grids' neighbouring cells
   return lost;
 }
 
@@ -92,8 +104,10 @@ Int search(const Graph& graph, const std::vector<Grid>& grids, Int work, Int wid
         if (prefix * graph.unit + graph.need[i + 1][arc.target] > graph.budget) continue;
         const Int cost = label.cost + arc.cost;
         Int rest = 0;
-        for (const Grid& grid : grids) rest = std::max(rest, grid.bound(i + 1, arc.target, prefix, taken));
-        if (plan.found ? cost + rest >= plan.extra : rest >= kNever) continue;
+        const auto hopeless = [&] { return plan.found ? cost + rest >= plan.extra : rest >= kNever; };
+        for (std::size_t g = 0; g < grids.size() && !hopeless(); ++g)
+          rest = std::max(rest, grids[g].bound(i + 1, arc.target, prefix, taken));
+        if (hopeless()) continue;
         ++kept;
         next.push_back({arc.target, prefix, taken, cost, parent, arc.mode, cost + rest});
       }

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prfl_fast.demo.charts import Mark, Row, Series, dot_chart, line_chart
+from prfl_fast.charts import Mark, Row, Series, dot_chart, line_chart
 from prfl_fast.demo.judges import judge
 from prfl_fast.demo.pictures import data_uri, grey_png, sprite_sheet
 

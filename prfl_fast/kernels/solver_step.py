@@ -17,6 +17,7 @@ from torch import Tensor
 from prfl_fast.kernels.configurations import Launch, shape_of
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_TYPES = dict(zip(_DTYPES, (tl.float32, tl.float64, tl.float16, tl.bfloat16), strict=True))
 _BLOCK = 1024
 
 
@@ -44,33 +45,37 @@ def solver_step_kernel(
     has_extra: tl.constexpr,
     transposed: tl.constexpr,
     T: tl.constexpr,
+    G: tl.constexpr,
     block: tl.constexpr,
 ):
     """One block of elements: every term read once, every result written once.
 
     zero_pattern: one flag per coefficient (terms outermost), true where it is zero: such a term does not count, were it
-    infinite. The other arguments are those of LinearMap.
+    infinite. G is the dtype of guidance. The other arguments are those of LinearMap.
     """
     n_terms: tl.constexpr = len(terms)
     n_rows: tl.constexpr = len(rows)
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < length
-    scale = _coefficient(guidance, 0).to(T)
+    operation: tl.constexpr = tl.float64 if G == tl.float64 else tl.float32  # torch's for G
+    scale = _coefficient(guidance, 0).to(operation)
     if has_mask:
         change = tl.load(mask + at, mask=inside, other=0) != 0
     sums = ()
     for _ in tl.static_range(n_rows):
         sums = sums + (tl.full((block,), -0.0, tl.float64),)
     for t in tl.static_range(n_terms):
-        value = tl.load(terms[t] + at, mask=inside, other=0.0).to(T)
+        loaded = tl.load(terms[t] + at, mask=inside, other=0.0)
+        value = loaded.to(T)
         if has_second:
             if transposed:
                 if t == 0:
                     value = value + tl.load(second + at, mask=inside, other=0.0).to(T)
             else:
                 if t == guided:
-                    other = tl.load(second + at, mask=inside, other=0.0).to(T)
-                    value = other + scale * (value - other)
+                    other = _rounded(tl.load(second + at, mask=inside, other=0.0), G).to(operation)
+                    apart = _rounded(_rounded(loaded, G).to(operation) - other, G).to(operation)
+                    value = _rounded(other + _rounded(scale * apart, G).to(operation), G).to(T)
         if has_mask:
             if t == 0:
                 held = value
@@ -96,19 +101,19 @@ def solver_step_kernel(
         if has_extra:
             if transposed:
                 if r == guided:
-                    scaled = result * scale
-                    tl.store(extra + at, _narrow(result - scaled, extra), mask=inside)
-                    result = scaled
+                    whole = _rounded(result, G).to(operation)
+                    result = _rounded(whole * scale, G).to(operation)
+                    rest = _rounded(whole - result, G).to(operation)
+                    tl.store(extra + at, _rounded(rest, extra.dtype.element_ty), mask=inside)
             else:
                 if r == 0:
-                    tl.store(extra + at, _narrow(result, extra), mask=inside)
-        tl.store(rows[r] + at, _narrow(result, rows[r]), mask=inside)
+                    tl.store(extra + at, _rounded(result, extra.dtype.element_ty), mask=inside)
+        tl.store(rows[r] + at, _rounded(result, rows[r].dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _narrow(value, pointer):
-    """``value`` in the dtype that ``pointer`` points to; half precision by way of float32, as torch rounds."""
-    wanted: tl.constexpr = pointer.dtype.element_ty
+def _rounded(value, wanted: tl.constexpr):
+    """``value`` in another dtype; half precision by way of float32, as torch rounds."""
     if wanted.primitive_bitwidth < 32:
         value = value.to(tl.float32)
     return value.to(wanted)
@@ -136,6 +141,7 @@ def _launch(
     extra_number: int,
     transposed: bool,
     T: torch.dtype,
+    G: torch.dtype,
 ) -> list[Tensor]:
     like = terms[0]
     n_terms, n_rows = len(terms), len(numbers)
@@ -161,7 +167,8 @@ def _launch(
                 has_mask=mask is not None,
                 has_extra=extra is not None,
                 transposed=transposed,
-                T=tl.float64 if T == torch.float64 else tl.float32,
+                T=_TYPES[T],
+                G=_TYPES[G],
                 block=_BLOCK,
                 num_warps=4 if n_rows <= 4 else 8,
                 # Only the sums are fused; guidance has the reference's roundings.
@@ -177,13 +184,24 @@ def step(
     coefficients: Sequence[float],
     guided: int,
     guidance_scale: float,
+    guidance_dtype: int,
     dtype: int,
     copy_dtype: int,
 ) -> list[Tensor]:
     """``prfl_fast::solver_step_triton``."""
     numbers = [dtype] * (len(coefficients) // len(terms))
     return _launch(
-        terms, unconditional, mask, coefficients, guided, guidance_scale, numbers, copy_dtype, False, _DTYPES[dtype]
+        terms,
+        unconditional,
+        mask,
+        coefficients,
+        guided,
+        guidance_scale,
+        numbers,
+        copy_dtype,
+        False,
+        _DTYPES[dtype],
+        _DTYPES[guidance_dtype],
     )
 
 
@@ -195,6 +213,7 @@ def transpose(
     dtypes: Sequence[int],
     guided: int,
     guidance_scale: float,
+    guidance_dtype: int,
     unconditional_dtype: int,
 ) -> list[Tensor]:
     """``prfl_fast::solver_step_transpose_triton``."""
@@ -209,6 +228,7 @@ def transpose(
         unconditional_dtype,
         True,
         cotangents[0].dtype,
+        _DTYPES[guidance_dtype],
     )
 
 

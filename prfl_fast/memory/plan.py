@@ -12,20 +12,40 @@ _WORDS = {"call": "whole calls recomputed", "blocks": "whole calls recomputed, a
 
 
 class InfeasibleBudget(ValueError):
-    """No plan stays below the budget; ``least_bytes`` is the smallest budget that some plan meets."""
+    """No plan stays below the budget; ``least_bytes`` is the smallest budget that some plan meets.
 
-    def __init__(self, budget_bytes: int, least_bytes: int, alternatives: tuple[Alternative, ...] = ()) -> None:
+    Attributes:
+        budget_bytes, least_bytes: exact.
+        alternatives: of a whole sample: the ways that were looked at.
+        least_choice: of a chain of blocks: the modes that need the least bytes.
+        exact: False: ``least_bytes`` is the least that was found, and a smaller one was not ruled out.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        least_bytes: int,
+        alternatives: tuple[Alternative, ...] = (),
+        argument: str = "memory_budget",
+        least_choice: tuple[int, ...] = (),
+        exact: bool = True,
+    ) -> None:
+        least = "the least that would do is" if exact else "the least that was found to do is"
+        advice = "latents, batch or the number of trainable parameters" if argument == "memory_budget" else "the blocks"
         super().__init__(
-            f"memory_budget: {_exactly(budget_bytes)} can't hold the chain; the least that would do is "
-            f"{_exactly(least_bytes)}. Raise the budget, or make latents, batch or the number of trainable parameters "
-            "smaller."
+            f"{argument}: {_exactly(budget_bytes)} can't hold the chain; {least} {_exactly(least_bytes)}. Raise the "
+            f"budget, or make {advice} smaller."
         )
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.alternatives = alternatives
+        self.argument = argument
+        self.least_choice = least_choice
+        self.exact = exact
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.budget_bytes, self.least_bytes, self.alternatives)
+        told = (self.budget_bytes, self.least_bytes, self.alternatives, self.argument, self.least_choice, self.exact)
+        return type(self), told
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Adapter(ABC):
-    """One network, called as its family's pipeline calls it. Holds no state of its own beside the network."""
+    """One network, called as its family's pipeline calls it. Holds no state of its own beside the network, which
+    :attr:`network` is as it was given, wrappers and all."""
+
+    network: Any
 
     @abstractmethod
     def module(self) -> nn.Module | None:

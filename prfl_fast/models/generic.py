@@ -57,8 +57,8 @@ class CallableAdapter(Adapter):
 
     def _no_trunk(self) -> NoReturn:
         raise ValueError(
-            f"transformer: features are known for Wan, HunyuanVideo, LTX and CogVideoX, not for {self._name}; any "
-            "callable (latents, timestep, **conditioning) can serve as a reward instead"
+            "transformer: features are known for Wan, SkyReels V2, HunyuanVideo, LTX and CogVideoX, not for "
+            f"{self._name}; any callable (latents, timestep, **conditioning) can serve as a reward instead"
         )
 
 

@@ -1,10 +1,11 @@
-"""What the four families have in common: a diffusers transformer, described by a few class attributes."""
+"""What the families have in common: a diffusers transformer, described by a few class attributes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from prfl_fast.models.base import check_batch
@@ -20,7 +21,7 @@ class TransformerAdapter(GenericAdapter):
         layout: the latents' dimensions, a letter each: B batch, C channels, F frames, H height, W width, S tokens.
         block_lists: (attribute, config key of its length) in the order of execution.
         head: submodules and parameters of the network that only serve after the last block.
-        text_width: config key of the width of ``encoder_hidden_states``.
+        text_width: config key of the width of ``encoder_hidden_states``; None where it is not of one tensor.
         cast: conditioning that the pipeline casts to the network's dtype.
         batched: conditioning with one row per sample.
         float_prediction: the pipeline takes the prediction in float32, whatever the network's dtype.
@@ -29,7 +30,7 @@ class TransformerAdapter(GenericAdapter):
     layout: ClassVar[str]
     block_lists: ClassVar[tuple[tuple[str, str], ...]]
     head: ClassVar[tuple[str, ...]]
-    text_width: ClassVar[str]
+    text_width: ClassVar[str | None]
     cast: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     batched: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     float_prediction: ClassVar[bool] = False
@@ -45,6 +46,7 @@ class TransformerAdapter(GenericAdapter):
     ) -> dict[str, Any]:
         """Keywords of one call of ``module``, cast and expanded as the family's pipeline does."""
         dtype: Any = module.dtype
+        timestep = cls.timestep(timestep, dtype)
         keywords = {"hidden_states": x, "timestep": timestep, **conditioning, **(overrides or {})}
         for name in ("hidden_states", *cls.cast):
             if isinstance(keywords.get(name), Tensor):
@@ -52,6 +54,16 @@ class TransformerAdapter(GenericAdapter):
         if keywords["timestep"].ndim == 0:
             keywords["timestep"] = keywords["timestep"].expand(x.shape[0])
         return keywords
+
+    @classmethod
+    def timestep(cls, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scheduler's timestep as the pipeline hands it to a network of this dtype; an override is not touched."""
+        return timestep
+
+    @classmethod
+    def channels(cls, config: Any) -> tuple[int, int]:
+        """Channels of the latents and of the network's input, which has more where ``prepare_input`` adds some."""
+        return getattr(config, "out_channels", None) or config.in_channels, config.in_channels
 
     @classmethod
     def patch(cls, config: Any) -> dict[str, int]:
@@ -74,11 +86,11 @@ class TransformerAdapter(GenericAdapter):
             raise ValueError(f"latents: expected {layout} for {self._name}, got {shape}")
         # The network's input may have more channels than the latents only where prepare_input adds them.
         given = shape[self.layout.index("C")]
-        made = getattr(config, "out_channels", None) or config.in_channels
-        if given != made or (given != config.in_channels and not prepared):
-            expected = made if prepared else config.in_channels
+        made, taken = self.channels(config)
+        if given != made or (given != taken and not prepared):
+            expected = made if prepared else taken
             hint = ""
-            if made != config.in_channels and not prepared:
+            if made != taken and not prepared:
                 hint = f": {made} of them are the latents', the others come from prepare_input"
             raise ValueError(f"latents: expected {expected} channels in {layout}{hint}, got {given} in {shape}")
         for letter, size in self.patch(config).items():
@@ -95,7 +107,7 @@ class TransformerAdapter(GenericAdapter):
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"conditioning: {name!r}: expected a tensor of a float dtype, got {got}")
-        text = conditioning.get("encoder_hidden_states")
+        text = None if self.text_width is None else conditioning.get("encoder_hidden_states")
         if text is not None and (text.ndim != 3 or text.shape[2] != config[self.text_width]):
             raise ValueError(
                 f"conditioning: 'encoder_hidden_states': expected [{shape[0]}, tokens, {config[self.text_width]}], "
@@ -106,8 +118,12 @@ class TransformerAdapter(GenericAdapter):
         self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Any], overrides: Mapping[str, Any] | None
     ) -> Tensor:
         keywords = self.inputs(self.inner, x, timestep, conditioning, overrides)
-        prediction = first_tensor(self.network(**keywords, return_dict=False), self._name)
+        prediction = self.prediction(self.network(**keywords, return_dict=False))
         return prediction.float() if self.float_prediction else prediction
+
+    def prediction(self, output: Any) -> Tensor:
+        """The prediction, in the latents' layout, in what the network returns."""
+        return first_tensor(output, self._name)
 
     @property
     def feature_dim(self) -> int:
@@ -118,3 +134,20 @@ class TransformerAdapter(GenericAdapter):
             raise ValueError(SHARDED)
         refuse_unusable(self.inner)
         return make_trunk(self.inner, type(self), num_blocks, copy)
+
+
+class WithoutTrunk(TransformerAdapter):
+    """A family whose calls are known, and whose token stream no reward reads yet."""
+
+    head = ()
+
+    @classmethod
+    def patch(cls, config: Any) -> dict[str, int]:
+        return {}
+
+    @property
+    def feature_dim(self) -> int:
+        self._no_trunk()
+
+    def trunk(self, num_blocks: int, copy: bool) -> Trunk:
+        self._no_trunk()

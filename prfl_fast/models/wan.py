@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: ``[B, C, F, H, W]``; text, image and first-last-frame to video."""
+"""Wan 2.1 and 2.2, SkyReels V2: ``[B, C, F, H, W]``; text, image and first-last-frame to video."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ class WanAdapter(TransformerAdapter):
         # Under a positional table (first and last frame) the two images of a sample stand one after the other.
         images = 1 if config.pos_embed_seq_len is None else 2
         check_batch(conditioning, "encoder_hidden_states_image", images * latents.shape[0])
+
+
+class SkyReelsV2Adapter(WanAdapter):
+    """``SkyReelsV2Transformer3DModel``: Wan's calls; diffusion forcing's timesteps ``[B, F]`` of equal frames come from
+    ``prepare_input``, beside ``enable_diffusion_forcing``."""
+
+    @classmethod
+    def needed(cls, config: Any) -> tuple[str, ...]:
+        return ("encoder_hidden_states", "fps") if config.inject_sample_info else ("encoder_hidden_states",)

@@ -246,6 +246,8 @@ class _StandIn:
     """Looks like the network to the graph of the chain: a prediction that depends on the latents and on a parameter,
     and that saves something for its backward (a checkpoint in which nothing is saved lets go of its input)."""
 
+    network = None
+
     def __init__(self, dtype: torch.dtype, anchor: Tensor) -> None:
         self._dtype = dtype
         self._anchor = anchor
@@ -264,5 +266,5 @@ def _stand_in(dtype: torch.dtype, adapter: Adapter, pretence: Pretence) -> Adapt
     module = adapter.module()
     trainable = module is not None and any(p.requires_grad for p in module.parameters())
     anchor = torch.zeros((), dtype=dtype, device="cpu").requires_grad_(trainable)
-    # The chain asks an adapter for these three things only.
+    # The chain asks an adapter for these things only.
     return cast(Adapter, _StandIn(dtype, pretence.twin(anchor)))

@@ -1,4 +1,4 @@
-"""One network call of the chain, constant or differentiable, and the guided prediction made of one or two of them."""
+"""One network call of the chain, constant or differentiable, and the prediction of one or two of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.blocks import recompute_blocks
 from prfl_fast.models.base import Adapter
+from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import StepWeights
 from prfl_fast.sampling.nodes import scale_gradient
+from prfl_fast.sampling.recovery import has_weight_hooks
 from prfl_fast.sampling.request import Conditioning, Request
 from prfl_fast.sampling.run import Run
 from prfl_fast.sampling.watch import CallWatch
@@ -56,6 +59,20 @@ def _checkpoints_itself_scaled(module: nn.Module, conditioning: Conditioning) ->
     return scaled and any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
 
 
+def _must_run_to_its_end(network: Any, own_backwards: bool) -> bool:
+    """Whether something waits for the end of a recomputation, which otherwise stops at the last tensor that is needed.
+
+    diffusers' hooks (layerwise casting, group offload) put a layer's weights back when its forward is left. DDP expects
+    a backward, to reduce its gradients, only after a forward that it has seen to its end: with a backward for each step
+    all but the first would stay on their own rank. What a plain callable holds is not known.
+    """
+    if not isinstance(network, nn.Module):
+        return True
+    if has_weight_hooks(network):
+        return True
+    return own_backwards and any(isinstance(part, DistributedDataParallel) for part in network.modules())
+
+
 def detach_conditioning(conditioning: Conditioning) -> Conditioning:
     """The same keyword arguments, tensors cut from the graph."""
     detached: Conditioning = tree_map_only(Tensor, Tensor.detach, conditioning)
@@ -71,11 +88,15 @@ class Caller:
         run: Run,
         conditioning: Sequence[Conditioning] | None = None,
         negative: Sequence[Conditioning] | None = None,
+        *,
+        own_backwards: bool = False,
     ) -> None:
         self._request = request
         self._run = run
         self._conditioning = request.conditioning if conditioning is None else conditioning
         self._negative = request.negative if negative is None else negative
+        networks = {id(n): n for n in (network.adapter.network for network in request.networks)}
+        self._whole = {key for key, n in networks.items() if _must_run_to_its_end(n, own_backwards)}
 
     def _evaluate(
         self, step: int, adapter: Adapter, watch: CallWatch | None, freeze: bool, x: Tensor, conditioning: Conditioning
@@ -89,6 +110,8 @@ class Caller:
             if run.in_backward:
                 run.guard.check()
             module = adapter.module()
+            if id(adapter.network) in self._whole:
+                stack.enter_context(set_checkpoint_early_stop(False))  # of blocks that are checkpoints themselves
             if freeze and module is not None:
                 stack.enter_context(_frozen(module))
             if torch.is_grad_enabled() and module is not None:
@@ -141,13 +164,15 @@ class Caller:
             prediction = call(x, conditioning)
         else:
             # A recomputation stops at the last tensor that the backward needs; to compare outputs it must not.
-            with set_checkpoint_early_stop(not self._request.verify_recompute):
+            whole = self._request.verify_recompute or id(adapter.network) in self._whole
+            with set_checkpoint_early_stop(not whole):
                 result: Any = checkpoint(call, x, conditioning, use_reentrant=False)
             prediction = result
         return scale_gradient(prediction, outer)
 
-    def predict(self, step: int, x: Tensor, weights: StepWeights, keep_graph: bool) -> Tensor:
-        """The guided prediction of a step; ``keep_graph`` keeps the graph of its last differentiable call."""
+    def predict(self, step: int, x: Tensor, weights: StepWeights, keep_graph: bool) -> Prediction:
+        """The prediction of a step, of one branch or two; ``keep_graph`` keeps the graph of its last differentiable
+        call."""
         request = self._request
         network = self._network(step)
         conditioning = self._conditioning[step - request.start_step]
@@ -159,13 +184,15 @@ class Caller:
                 step, "conditional", x, conditioning, weights, keep_graph and not both
             )
         if not network.guided:
-            return conditional
+            return Prediction(conditional)
         negative = self._negative[step - request.start_step]
         if weights.zero or not request.guidance.both_branches:
             unconditional = self.constant(step, "unconditional", x, negative)
         else:
             unconditional = self.differentiable(step, "unconditional", x, negative, weights, keep_graph)
-        return request.guidance.combine(conditional, unconditional, network.scale, step)
+        return request.guidance.predict(
+            conditional, unconditional, network.scale, step, fused=request.solver.linear
+        )
 
     def _network(self, step: int) -> Any:
         return self._request.networks[step - self._request.start_step]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from tqdm import tqdm
 
 from prfl_fast.sampling.calls import Caller
+from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import StepWeights
 from prfl_fast.sampling.nodes import prediction_node, root
 from prfl_fast.sampling.request import Request
@@ -71,14 +72,14 @@ def run_chain(request: Request) -> Sample:
     )
     lanes = [_Lane(tuple(range(len(mode.taps))), solver.initial_state(request.latents))]
     taps: dict[int, Tap] = {}
-    x = prediction = request.latents
+    last_input = last_prediction = request.latents
     steps = range(request.start_step, request.last_step)
     with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
         for step in bar:
             parted = _split(request, lanes, step)
             gradient_lanes = sum(not weights.zero for _, weights in parted)
             random_state = _RandomState(lanes[0].state[0]) if gradient_lanes > 1 else None
-            predictions: list[Tensor] = []
+            predictions: list[Prediction] = []
             for number, (lane, weights) in enumerate(parted):
                 if weights.zero and predictions:
                     predictions.append(predictions[0].detach())
@@ -87,23 +88,35 @@ def run_chain(request: Request) -> Sample:
                     random_state.restore()
                 keep = step == last_differentiated and number == gradient_lanes - 1 and request.plan.keep_last_call
                 made = caller.predict(step, lane.state[0], weights, keep)
-                predictions.append(prediction_node(made, run, step) if made.requires_grad else made)
+                predictions.append(prediction_node(made, run, step))
             # After the calls, as in the scheduler's own loop: dropout and noise may share a generator.
             x, prediction = parted[0][0].state[0], predictions[0]
             noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
+            if step + 1 == request.last_step:
+                last_input, last_prediction = x, prediction.combined()
             lanes = []
             for (lane, _), made in zip(parted, predictions, strict=True):
-                state = solver.step(step, lane.state, made, noise, request.latent_mask)
+                state = solver.step(
+                    step,
+                    lane.state,
+                    made.output,
+                    noise,
+                    request.latent_mask,
+                    unconditional=made.unconditional,
+                    guidance_scale=made.scale,
+                )
                 lanes.append(_Lane(lane.taps, state))
+            del x, prediction, predictions, made, noise  # the next calls would live beside them
+            for lane in lanes:
                 for tap in lane.taps:
                     if mode.taps[tap] == step + 1:
-                        taps[tap] = _tap(request, run, state[0], step + 1)
+                        taps[tap] = _tap(request, run, lane.state[0], step + 1)
     return Sample(
         taps=tuple(taps[k] for k in range(len(mode.taps))),
         plan=request.plan,
         gradient_mode=mode.name,
         _run=run,
-        _last_input=x,
-        _last_prediction=prediction,
+        _last_input=last_input,
+        _last_prediction=last_prediction,
         _original=solver.original_coefficients(request.last_step - 1),
     )

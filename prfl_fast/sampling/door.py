@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from prfl_fast.memory.plan import MemoryPlan, choose_plan
 from prfl_fast.models import adapter_for, refuse_unusable
 from prfl_fast.models.base import Adapter
+from prfl_fast.models.unusable import refuse_rounded_gradients
+from prfl_fast.pixels import decoder_for
 from prfl_fast.sampling.budgeting import plan_for
 from prfl_fast.sampling.chain import run_chain
 from prfl_fast.sampling.guidance import Guidance, GuidanceFunction, StepNetwork
@@ -20,8 +23,10 @@ from prfl_fast.sampling.modes import GeneratorLike, GradientMode, ResolvedMode, 
 from prfl_fast.sampling.request import Conditioning, PrepareInput, Request
 from prfl_fast.sampling.sample import Sample
 from prfl_fast.sampling.steps import run_steps
+from prfl_fast.sampling.transaction import random_state_back_on_failure
 from prfl_fast.solvers import make_solver
 from prfl_fast.solvers.base import Solver
+from prfl_fast.solvers.refused import refuse_missing_seed, refuse_unsupported
 
 ConditioningLike = Conditioning | Callable[[int, Tensor], Conditioning] | None
 Scale = float | Callable[[int], float]
@@ -46,6 +51,7 @@ def unrolled_sample(
     guidance_scale_2: Scale | None = None,
     prepare_input: PrepareInput | None = None,
     latent_mask: Tensor | None = None,
+    decode: Any = None,
     solver: str = "auto",
     gradient: str | GradientMode = "full",
     graph: str = "chain",
@@ -81,6 +87,9 @@ def unrolled_sample(
         prepare_input: ``(x, timestep, step) -> overrides`` of the network's keywords (``hidden_states``, ``timestep``,
             ...), part of the differentiated call; must be a pure function.
         latent_mask: broadcastable to the latents; only elements where it is true are updated.
+        decode: for rewards on pixels: the pipeline's VAE, a :class:`~prfl_fast.pixels.PixelDecoder`, or a function of
+            the latents; then ``sample.frames`` has frames ``[B, C, T, H, W]`` in 0..1 with a gradient. Nothing is
+            decoded before it is asked for. Its memory (one chunk's graph) comes on top of ``memory_budget``.
         solver: ``"table"``: fused linear steps; ``"scheduler"``: its own ``step`` in the graph, bit for bit the
             pipeline's latents; ``"auto"``: the table where the scheduler proves linear.
         gradient: see :mod:`prfl_fast.sampling.modes`.
@@ -113,50 +122,53 @@ def unrolled_sample(
     _check_latents(latents)
     _check_generator(generator, latents)
     adapters = _adapters(transformer, transformer_2, boundary_ratio)
-    _check_scheduler(scheduler)
+    _check_scheduler(scheduler, generator)
     if num_inference_steps is not None and (not _is_int(num_inference_steps) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected a whole number from 1, or None, got {num_inference_steps!r}")
-    table = make_solver(scheduler, num_inference_steps, start_step=_start(start_step), kind=solver)
-    mode = _mode(gradient, table, start_step, stop_step, supervise, generator)
-    timesteps = table.timesteps.to(latents.device)
-    steps = range(start_step, mode.taps[-1])
+    with random_state_back_on_failure(latents, generator):
+        table = make_solver(scheduler, num_inference_steps, start_step=_start(start_step), kind=solver)
+        mode = _mode(gradient, table, start_step, stop_step, supervise, generator)
+        timesteps = table.timesteps.to(latents.device)
+        steps = range(start_step, mode.taps[-1])
 
-    networks = _networks(
-        adapters, table, steps, scheduler, boundary_ratio, guidance_scale, guidance_scale_2, negative_conditioning
-    )
-    positive = _per_step("conditioning", conditioning, steps, timesteps)
-    negative = _per_step("negative_conditioning", negative_conditioning, steps, timesteps)
-    negative = _merge(positive, negative)
-    for adapter in adapters:
-        for keywords in {id(k): k for k in (*positive, *negative)}.values():
-            adapter.validate(latents, keywords, prepared=prepare_input is not None)
-    _check_mask(latent_mask, latents)
-    modules = tuple(m for m in (adapter.module() for adapter in adapters) if m is not None)
-    request = Request(
-        latents=latents,
-        solver=table,
-        timesteps=timesteps,
-        start_step=start_step,
-        mode=mode,
-        networks=networks,
-        conditioning=positive,
-        negative=negative,
-        guidance=Guidance(guidance_fn, guidance_gradient == "both"),
-        prepare_input=prepare_input,
-        latent_mask=latent_mask,
-        plan=plan if plan is not None else choose_plan(None),
-        modules=modules,
-        generator=generator,
-        verify_recompute=verify_recompute,
-        detect_nonfinite=detect_nonfinite,
-        progress=progress,
-    )
-    _check_gradient(request, len(adapters))
-    if memory_budget is not None:
-        if plan is not None:
-            raise ValueError("memory_budget, plan: expected one of the two, got both")
-        request = plan_for(request, memory_budget, graph)
-    return run_chain(request) if graph == "chain" else run_steps(request)
+        networks = _networks(
+            adapters, table, steps, scheduler, boundary_ratio, guidance_scale, guidance_scale_2, negative_conditioning
+        )
+        positive = _per_step("conditioning", conditioning, steps, timesteps)
+        negative = _per_step("negative_conditioning", negative_conditioning, steps, timesteps)
+        negative = _merge(positive, negative)
+        for adapter in adapters:
+            for keywords in {id(k): k for k in (*positive, *negative)}.values():
+                adapter.validate(latents, keywords, prepared=prepare_input is not None)
+        _check_mask(latent_mask, latents)
+        decoder = None if decode is None else decoder_for(decode, latents)
+        modules = tuple(m for m in (adapter.module() for adapter in adapters) if m is not None)
+        request = Request(
+            latents=latents,
+            solver=table,
+            timesteps=timesteps,
+            start_step=start_step,
+            mode=mode,
+            networks=networks,
+            conditioning=positive,
+            negative=negative,
+            guidance=Guidance(guidance_fn, guidance_gradient == "both"),
+            prepare_input=prepare_input,
+            latent_mask=latent_mask,
+            plan=plan if plan is not None else choose_plan(None),
+            modules=modules,
+            generator=generator,
+            verify_recompute=verify_recompute,
+            detect_nonfinite=detect_nonfinite,
+            progress=progress,
+        )
+        _check_gradient(request, len(adapters))
+        if memory_budget is not None:
+            if plan is not None:
+                raise ValueError("memory_budget, plan: expected one of the two, got both")
+            request = plan_for(request, memory_budget, graph)
+        sample = run_chain(request) if graph == "chain" else run_steps(request)
+    return sample if decoder is None else replace(sample, _decode=decoder)
 
 
 def _is_int(value: object) -> bool:
@@ -189,7 +201,9 @@ def _check_generator(generator: Any, latents: Tensor) -> None:
         raise ValueError(f"generator: expected one per sample ({latents.shape[0]}), got {len(given)}")
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def _check_scheduler(scheduler: Any, generator: Any) -> None:
+    refuse_unsupported(scheduler)
+    refuse_missing_seed(scheduler, generator)
     missing = [name for name in ("set_timesteps", "step", "config") if not hasattr(scheduler, name)]
     if missing:
         raise TypeError(
@@ -324,6 +338,8 @@ def _check_gradient(request: Request, num_networks: int) -> None:
             f"gradient={request.mode.name!r}, but gradients are switched off here (torch.no_grad or "
             "torch.set_grad_enabled(False)). Call under torch.enable_grad(), or pass gradient='none' to sample only."
         )
+    for module in request.modules:
+        refuse_rounded_gradients(module)
     opaque = len(request.modules) < num_networks
     weights = [m.weights(i) for m in request.mode.masks for i in range(request.start_step, request.last_step)]
     if opaque and any(w.parameters == 0 and w.input != 0 for w in weights):

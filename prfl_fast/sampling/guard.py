@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from prfl_fast.sampling.recovery import is_sharded
 
 
 class ModelChangedError(RuntimeError):
@@ -31,27 +34,36 @@ def _adapter_state(layer: Any) -> tuple[Any, ...]:
 
 
 class ModelGuard:
-    """Remembers what decides a network's output: parameter and buffer versions, train or eval mode, LoRA state.
+    """Remembers what decides a network's output: its parts and parameters, their versions, train or eval mode, LoRA
+    state. What is written through ``parameter.data`` goes unseen: torch itself does not count such writes.
 
     Args:
         modules: the networks of the chain (two for two experts); plain callables have nothing to remember.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._roots = list(modules)
         self._tensors = [
             (name, tensor)
-            for module in modules
+            for module in self._roots
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
         ]
-        self._modules = [(name, m) for module in modules for name, m in module.named_modules()]
-        self._layers = [pair for module in modules for pair in _adapter_layers(module)]
+        self._modules = [(name, m) for module in self._roots for name, m in module.named_modules()]
+        # FSDP2 puts other tensors in place of its parameters while a block runs.
+        self._swapped = any(is_sharded(m) for _, m in self._modules)
+        self._parameters = self._read_parameters()
+        self._layers = [pair for module in self._roots for pair in _adapter_layers(module)]
         self._scaled: list[Any] = [layer for _, layer in self._layers]
         self._versions = self._read_versions()
         self._training = [m.training for _, m in self._modules]
         self._adapters = [_adapter_state(layer) for _, layer in self._layers]
 
-    def _read_versions(self) -> list[tuple[int, bool]]:
-        return [(tensor._version, tensor.requires_grad) for _, tensor in self._tensors]
+    def _read_versions(self) -> list[tuple[int, bool, torch.dtype]]:
+        return [(tensor._version, tensor.requires_grad, tensor.dtype) for _, tensor in self._tensors]
+
+    def _read_parameters(self) -> list[tuple[str, int]]:
+        named = (pair for module in self._roots for pair in module.named_parameters())
+        return [] if self._swapped else [(name, id(parameter)) for name, parameter in named]
 
     @contextmanager
     def same_scales(self) -> Iterator[None]:
@@ -70,8 +82,12 @@ class ModelGuard:
         if versions != self._versions:
             pairs = zip(self._tensors, versions, self._versions, strict=True)
             name, now, then = next((n, now, then) for (n, _), now, then in pairs if now != then)
-            what = "was written to" if now[0] != then[0] else "was frozen or unfrozen"
-            self._fail(f"tensor {name!r} {what}")
+            if now[2] != then[2]:
+                self._fail(f"tensor {name!r} was {then[2]} and is {now[2]}")
+            self._fail(f"tensor {name!r} {'was written to' if now[0] != then[0] else 'was frozen or unfrozen'}")
+        parts = [(name, id(m)) for module in self._roots for name, m in module.named_modules()]
+        self._compare("module", parts, [(name, id(m)) for name, m in self._modules])
+        self._compare("parameter", self._read_parameters(), self._parameters)
         training = [m.training for _, m in self._modules]
         if training != self._training:
             index = next(i for i, (a, b) in enumerate(zip(training, self._training, strict=True)) if a != b)
@@ -81,6 +97,11 @@ class ModelGuard:
         if adapters != self._adapters:
             index = next(i for i, (a, b) in enumerate(zip(adapters, self._adapters, strict=True)) if a != b)
             self._fail(f"LoRA scaling or active adapters of {self._layers[index][0]!r} differ")
+
+    def _compare(self, kind: str, now: list[tuple[str, int]], then: list[tuple[str, int]]) -> None:
+        if now != then:
+            name = sorted(set(now) ^ set(then))[0][0] if set(now) != set(then) else now[0][0]
+            self._fail(f"{kind} {name or '(root)'!r} was added, removed or replaced")
 
     @staticmethod
     def _fail(what: str) -> None:

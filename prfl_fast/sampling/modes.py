@@ -9,21 +9,44 @@ A mode is nothing but two weights per step, so every published way of cutting th
 ``prfl``       one step I drawn at random, and the chain ends right after it (PRFL, arXiv 2511.21541)
 ``random``     the last K steps, K drawn uniformly from 1 to all (AlignProp, arXiv 2310.03739)
 ``random:K``   K distinct steps drawn at random
-``drtune:K``   K evenly spaced steps with a random offset, network inputs cut (DRTune, arXiv 2405.00760)
+``uniform:K``  K evenly spaced steps with a random offset
+``drtune:K``   the same with network inputs cut (DRTune, arXiv 2405.00760)
 ``none``       no gradient: a plain sampler
 =============  =============================================================================================
+
+VideoX-Fun's reward training (``train_reward_lora.py``) differentiates the steps of a list and detaches the prediction
+of every other: weights (1, 1), or (1, 0) with ``--stop_latent_model_input_gradient``, and (0, 0), as here. Its flags,
+with K for ``--backprop_num_steps``:
+
+==================================================================  ================================================
+VideoX-Fun                                                          ``gradient=``
+==================================================================  ================================================
+``--backprop_strategy last``                                        ``"last:1"``
+``--backprop_strategy tail``                                        ``"last:K"``
+``--backprop_strategy uniform``                                     ``"uniform:K"``
+``--backprop_strategy uniform --stop_latent_model_input_gradient``  ``"drtune:K"``
+``--backprop_strategy random``                                      ``"random:K"``
+``--backprop_step_list 3 5 9``                                      ``GradientMode.at_steps((3, 5, 9))``
+``--backprop_step_list 3 5 9 --stop_latent_model_input_gradient``   ``GradientMode.at_steps((3, 5, 9), input=0)``
+==================================================================  ================================================
+
+Two differences: its ``uniform`` offset may be one too many, and the last step then falls off the end; and its
+``--backprop_random_start_step`` and ``--backprop_random_end_step`` bound the draw, for which there is
+``GradientMode.at_steps(random.sample(range(start, end + 1), K))``. The other strategies with the inputs cut are
+``at_steps(..., input=0)``, too. Its ``--num_decoded_latents n`` is
+``decode=PixelDecoder(vae, latent_frames=slice(n))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 GeneratorLike = torch.Generator | Sequence[torch.Generator] | None
 
-_KINDS = ("full", "last:K", "step:I", "prfl", "random", "random:K", "drtune:K", "none")
+_KINDS = ("full", "last:K", "step:I", "prfl", "random", "random:K", "uniform:K", "drtune:K", "none")
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,18 @@ class GradientMode:
                 f"GradientMode: parameters has {len(self.parameters)} entries and input has {len(self.input)}; "
                 "expected one of each per step"
             )
+
+    @classmethod
+    def at_steps(cls, steps: Iterable[int], *, parameters: float = 1.0, input: float = 1.0) -> GradientMode:
+        """These weights at the steps that are listed (0-based, from the first of the schedule), none at the others.
+
+        Raises:
+            ValueError: no step, or one that is no whole number from 0.
+        """
+        chosen = list(steps)
+        if not chosen or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen):
+            raise ValueError(f"steps: expected at least one, whole numbers from 0; got {chosen!r}")
+        return _mask(max(chosen) + 1, chosen, StepWeights(parameters, input))
 
     def weights(self, step: int) -> StepWeights:
         """The two weights of one step (0-based)."""
@@ -174,7 +209,7 @@ def resolve_mode(
             f"gradient: expected a string ({', '.join(_KINDS)}) or a GradientMode, got {type(gradient).__name__}"
         )
     kind, colon, text = gradient.partition(":")
-    numbered = {"last", "step", "drtune"}
+    numbered = {"last", "step", "uniform", "drtune"}
     plain = {"full", "prfl", "none"}
     if kind not in numbered | plain | {"random"} or (kind in plain and colon) or (kind in numbered and not colon):
         raise ValueError(f"gradient: unknown mode {gradient!r}; expected one of {', '.join(_KINDS)} or a GradientMode")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from prfl_fast.memory.plan import MemoryPlan
+from prfl_fast.pixels import Decode, module_of
+from prfl_fast.sampling.guard import ModelGuard
 from prfl_fast.sampling.nodes import root
 from prfl_fast.sampling.run import Run
 
@@ -54,6 +56,7 @@ class Sample:
     _last_prediction: Tensor = field(repr=False)
     _original: tuple[float, float] = field(repr=False)
     _tape: StepTape | None = field(default=None, repr=False)
+    _decode: Decode | None = field(default=None, repr=False)
 
     @property
     def latents(self) -> Tensor:
@@ -90,10 +93,36 @@ class Sample:
         return root(original, self._run) if original.requires_grad else original
 
     @property
+    def frames(self) -> Tensor:
+        """[B, C, T, H, W] in 0..1: ``latents`` decoded by ``decode=``, with a gradient wherever ``latents`` has one.
+
+        Decoded anew at each access: keep it in a variable.
+        """
+        return self.decode(self.latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of any latents of this chain's layout by ``decode=``: those of a tap, or ``pred_original_sample``, the
+        clean video as one step predicts it (RGB ReFL, arXiv 2304.05977, rewards that).
+
+        Raises:
+            RuntimeError: the chain was sampled without ``decode=``.
+        """
+        if self._decode is None:
+            raise RuntimeError("frames: the chain has no decoder; call unrolled_sample(..., decode=pipe.vae)")
+        frames = self._decode(latents)
+        module = module_of(self._decode)
+        if module is not None and frames.requires_grad:
+            # Chunks are computed again in the backward, so the decoder must still be the one that decoded.
+            guard = ModelGuard([module])
+            frames.register_hook(lambda _: guard.check())
+        return frames
+
+    @property
     def gradient_norms(self) -> Tensor:
         """[number of steps] float64: 2-norm of the gradient that reached the (guided) prediction of each step in the
         last backward; NaN where none did. Where the gradients of several taps reach a step apart, the root of the sum
-        of their squares."""
+        of their squares. Where the solver's step combines guidance's branches it is told from one of theirs, so it is
+        good to the rounding of their dtype."""
         return self._run.gradient_norms()
 
     @property
@@ -107,7 +136,8 @@ class Sample:
         Args:
             gradient: None: the ``.grad`` that ``loss.backward()`` left on the taps' latents. A tensor: the gradient
                 of the last tap's latents; a sequence: one per tap. A function ``(latents, timestep, step) -> loss``:
-                called as the sweep reaches each tap, so that one reward's graph lives at a time.
+                called as the sweep reaches each tap, so that one reward's graph lives at a time. With ``decode=`` it
+                is given that tap's frames in place of its latents.
 
         Returns:
             The summed loss (detached) when a function was given, else None.
@@ -122,4 +152,9 @@ class Sample:
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("sample.backward() can't run in inference mode")
+        if callable(gradient) and self._decode is not None:
+            gradient = self._on_frames(gradient)
         return self._tape.backward(self.taps, gradient)
+
+    def _on_frames(self, loss: TapLoss) -> TapLoss:
+        return lambda latents, timestep, step: loss(self.decode(latents), timestep, step)

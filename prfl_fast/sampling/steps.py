@@ -22,7 +22,7 @@ from tqdm import tqdm
 from prfl_fast.sampling.calls import Caller
 from prfl_fast.sampling.modes import CONSTANT, EXACT, StepWeights
 from prfl_fast.sampling.request import Conditioning, Request
-from prfl_fast.sampling.run import Run
+from prfl_fast.sampling.run import Backward, Run
 from prfl_fast.sampling.sample import Sample, Tap, TapLoss
 
 Cotangents = tuple[Tensor | None, ...]
@@ -30,14 +30,17 @@ Cotangents = tuple[Tensor | None, ...]
 
 @dataclass
 class _Record:
-    """One step of the tape. ``x`` is the network's input, cut from the step before; ``edge`` holds the graph of the
-    call (a checkpoint), None for a constant one; ``dtype`` is that of its prediction. ``prediction``, ``state`` and
+    """One step of the tape. ``x`` is the network's input, cut from the step before. Of each guidance branch (one where
+    the prediction was combined) ``edges`` holds the graph of the call (a checkpoint), None for a constant one,
+    ``dtypes`` the dtype and ``shares`` its part of the gradient; ``scale`` is guidance's. ``prediction``, ``state`` and
     ``noise`` are kept for a solver that is not linear; a linear one needs no record at all of a step that gives no
     gradient, and of the others no value but x."""
 
     x: Tensor
-    edge: GradientEdge | None
-    dtype: torch.dtype
+    edges: tuple[GradientEdge | None, ...]
+    dtypes: tuple[torch.dtype, ...]
+    shares: tuple[float, ...]
+    scale: float
     prediction: Tensor | None = None
     state: tuple[Tensor, ...] | None = None
     noise: tuple[Tensor, ...] = ()
@@ -89,7 +92,7 @@ class StepTape:
 
     def nodes(self) -> list[Node]:
         """Ends of the calls' graphs that are still to be walked."""
-        return [record.edge.node for record in self._records.values() if record.edge is not None]
+        return [edge.node for record in self._records.values() for edge in record.edges if edge is not None]
 
     def backward(
         self, taps: Sequence[Tap], gradient: Tensor | Sequence[Tensor | None] | TapLoss | None
@@ -99,11 +102,12 @@ class StepTape:
             raise RuntimeError("sample.backward() was called before: the tape is used up; sample again")
         given = _given(taps, gradient)
         request, run = self._request, self._run
-        run.begin_backward()
+        backward = Backward()
+        backward.begin(run)
         self._request = None
         with run.undoing():
             total = self._sweep(request, taps, given, gradient if callable(gradient) else None)
-            run.end_backward()
+            backward.end()
         return total
 
     def _sweep(
@@ -134,13 +138,18 @@ class StepTape:
         kept = (None, None, ()) if record is None else (record.state, record.prediction, record.noise)
         for number, sweep in enumerate(sweeps):
             weights = request.mode.weights(sweep.tap, step)
-            into_state, into_prediction = request.solver.pullback(
-                step, *kept, sweep.cotangents, request.latent_mask
+            called = record is not None and not weights.zero
+            into_state, into_branches = request.solver.pullback(
+                step,
+                *kept,
+                sweep.cotangents,
+                request.latent_mask,
+                output_dtypes=record.dtypes if record is not None and called else (),
+                guidance_scale=record.scale if record is not None else 1.0,
             )
-            if into_prediction is not None and record is not None and not weights.zero:
-                into_prediction = into_prediction.to(record.dtype)
-                self._run.record(step, into_prediction)
-                into_x = _call_back(record, into_prediction, weights, retain=number < len(sweeps) - 1)
+            if record is not None and any(gradient is not None for gradient in into_branches):
+                self._run.record(step, into_branches, record.shares)
+                into_x = _call_back(record, into_branches, weights, retain=number < len(sweeps) - 1)
                 if into_x is not None:
                     into_x = into_x if into_state[0] is None else into_x + into_state[0]
                     into_state = (into_x, *into_state[1:])
@@ -205,19 +214,22 @@ def _merge(request: Request, sweeps: list[_Sweep], step: int) -> list[_Sweep]:
     return merged
 
 
-def _call_back(record: _Record, gradient: Tensor, weights: StepWeights, *, retain: bool) -> Tensor | None:
+def _call_back(record: _Record, gradients: Cotangents, weights: StepWeights, *, retain: bool) -> Tensor | None:
     """Parameter gradients into ``.grad`` and the input's gradient back, each by its weight."""
-    x, edge = record.x, record.edge
-    if edge is None:
+    x = record.x
+    pairs = [(e, g) for e, g in zip(record.edges, gradients, strict=True) if e is not None and g is not None]
+    if not pairs:
         return None
     wants_x = x.requires_grad and weights.input != 0
+    if weights.parameters == 0 and not wants_x:
+        return None
+    factor = weights.parameters or weights.input
+    edges, scaled = zip(*((edge, g if factor == 1 else g * factor) for edge, g in pairs), strict=True)
     if weights.parameters == 0:
-        if not wants_x:
-            return None
-        (only,) = torch.autograd.grad(edge, x, gradient * weights.input, retain_graph=retain, allow_unused=True)
+        (only,) = torch.autograd.grad(edges, x, scaled, retain_graph=retain, allow_unused=True)
         return only
     x.grad = None
-    torch.autograd.backward(edge, gradient * weights.parameters, retain_graph=retain)
+    torch.autograd.backward(edges, scaled, retain_graph=retain)
     into_x, x.grad = x.grad, None
     return into_x * (weights.input / weights.parameters) if wants_x and into_x is not None else None
 
@@ -235,13 +247,13 @@ def run_steps(request: Request) -> Sample:
     """Samples, and keeps the tape."""
     run = Run(request)
     conditioning = _LeafConditioning(request)
-    caller = Caller(request, run, conditioning.positive, conditioning.negative)
+    caller = Caller(request, run, conditioning.positive, conditioning.negative, own_backwards=True)
     tape = StepTape(request, run, conditioning)
     solver, mode = request.solver, request.mode
     differentiated = [i for i in range(request.start_step, request.last_step) if request.differentiated(i)]
     state = solver.initial_state(request.latents.detach())
     taps: dict[int, Tap] = {}
-    x = prediction = state[0]
+    last_input = last_prediction = request.latents
     steps = range(request.start_step, request.last_step)
     with tqdm(steps, desc="sampling", unit="step", disable=not request.progress) as bar:
         for step in bar:
@@ -255,13 +267,27 @@ def run_steps(request: Request) -> Sample:
             # After the call, as in the scheduler's own loop: dropout and noise may share a generator.
             noise = solver.draw_noise(step, x, request.generator, model_dtype=prediction.dtype)
             # The graph outlives this step, the prediction does not.
-            edge, prediction = get_gradient_edge(prediction) if prediction.requires_grad else None, prediction.detach()
+            edges = tuple(get_gradient_edge(b) if b.requires_grad else None for b in prediction.branches)
+            prediction = prediction.detach()
+            dtypes = tuple(b.dtype for b in prediction.branches)
+            record = _Record(x, edges, dtypes, prediction.shares, prediction.scale)
             if not solver.linear:
-                tape.record(step, _Record(x, edge, prediction.dtype, prediction, state, noise))
-            elif step in differentiated:
-                tape.record(step, _Record(x, edge, prediction.dtype))
+                record.prediction, record.state, record.noise = prediction.output, state, noise
+            if step in differentiated or not solver.linear:
+                tape.record(step, record)
+            if step + 1 == request.last_step:
+                last_input, last_prediction = x.detach(), prediction.combined()
             with torch.no_grad():
-                state = solver.step(step, state, prediction, noise, request.latent_mask)
+                state = solver.step(
+                    step,
+                    state,
+                    prediction.output,
+                    noise,
+                    request.latent_mask,
+                    unconditional=prediction.unconditional,
+                    guidance_scale=prediction.scale,
+                )
+            del x, prediction, record, noise  # the next calls would live beside them
             for index, tap in enumerate(mode.taps):
                 if tap == step + 1:
                     leaf = state[0].detach().clone()
@@ -272,8 +298,8 @@ def run_steps(request: Request) -> Sample:
         plan=request.plan,
         gradient_mode=mode.name,
         _run=run,
-        _last_input=x.detach(),
-        _last_prediction=prediction,
+        _last_input=last_input,
+        _last_prediction=last_prediction,
         _original=solver.original_coefficients(request.last_step - 1),
         _tape=tape,
     )

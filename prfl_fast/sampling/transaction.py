@@ -1,12 +1,14 @@
-"""All or nothing for ``.grad``: a backward that fails half-way puts every gradient back to what it was."""
+"""All or nothing: a backward that fails half-way puts ``.grad`` back, a rollout that fails the random state."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 # Gradients that were there before (accumulation) have to be copied, to be put back. Up to this many bytes; beyond it
 # the copy would cost more than it is worth, and a warning says that such a failure can't be undone.
@@ -52,3 +54,22 @@ class GradientTransaction:
                     grad.copy_(copy)
             leaf.grad = grad
         self._saved = None
+
+
+@contextmanager
+def random_state_back_on_failure(
+    latents: Tensor, generators: torch.Generator | Iterable[torch.Generator] | None
+) -> Iterator[None]:
+    """What fails has drawn nothing: torch's own random state, of the CPU and of the latents' device, and that of the
+    given generators are put back when the body is left by an exception; so the next try is the same rollout."""
+    given = [generators] if isinstance(generators, torch.Generator) else list(generators or ())
+    states = [generator.get_state() for generator in given]
+    cpu, devices = torch.get_rng_state(), get_device_states(latents)
+    try:
+        yield
+    except BaseException:
+        for generator, state in zip(given, states, strict=True):
+            generator.set_state(state)
+        torch.set_rng_state(cpu)
+        set_device_states(*devices)
+        raise

@@ -33,7 +33,7 @@ class Solver(ABC):
         sigmas: ``[N + 1]`` float64 on the CPU, the noise level before each step and after the last one, in the
             scheduler's convention: flow sigma in 0..1, sigma of ``x = x0 + sigma eps``, or ``sqrt((1 - abar) / abar)``
             for schedulers that know alpha-bar only.
-        linear: the step is a fixed linear map, and ``pullback`` ignores values.
+        linear: the step is a fixed linear map: ``pullback`` ignores values, and both take guidance's two outputs.
     """
 
     num_steps: int
@@ -71,8 +71,15 @@ class Solver(ABC):
         model_output: Tensor,
         noise: tuple[Tensor, ...] = (),
         latent_mask: Tensor | None = None,
+        *,
+        unconditional: Tensor | None = None,
+        guidance_scale: float = 1.0,
     ) -> tuple[Tensor, ...]:
-        """State after step i (it may have another number of entries): a pure, differentiable function."""
+        """State after step i (it may have another number of entries): a pure, differentiable function.
+
+        With ``unconditional``, which a linear solver alone takes, ``model_output`` is guidance's conditional branch:
+        the network's output is ``u + guidance_scale (c - u)``, computed in the dtype of the two.
+        """
 
     @abstractmethod
     def pullback(
@@ -83,11 +90,20 @@ class Solver(ABC):
         noise: tuple[Tensor, ...],
         cotangents: Sequence[Tensor | None],
         latent_mask: Tensor | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        """Cotangents of step i's state and network output, from those of its result.
+        *,
+        output_dtypes: Sequence[torch.dtype] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Cotangents of step i's state and of its network outputs, from those of its result.
 
         None is zero, in and out; missing cotangents at the end are zero. A linear solver needs neither ``state`` nor
         ``model_output`` nor ``noise``.
+
+        Args:
+            i, state, model_output, noise, latent_mask, guidance_scale: as in the forward.
+            cotangents: one per entry of the state after the step.
+            output_dtypes: of the outputs' cotangents: empty where none is wanted, two (the conditional one's first)
+                from a linear solver whose forward had both; None: one, in the dtype of the solver's arithmetic.
         """
 
     @abstractmethod

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prfl_fast.solvers.adapters import adapted, evaluations
+from prfl_fast.solvers.refused import refuse_unsupported
+
 # What diffusers' schedulers change while they step. A scheduler that ran a pipeline before has all of it stale, graphs
 # and large tensors included, so none of it is copied.
 RUN_STATE = (
@@ -108,15 +111,18 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
     cut to match it: ``start_step`` says where to begin.
 
     Raises:
-        TypeError: no diffusers scheduler.
+        TypeError: no diffusers scheduler, or one that is refused by name.
         ValueError: timesteps never set, refused by ``set_timesteps``, or ``start_step`` out of range.
     """
+    refuse_unsupported(scheduler)
     name = type(scheduler).__name__
     missing = [a for a in ("config", "from_config", "set_timesteps", "step") if not hasattr(scheduler, a)]
     if missing or isinstance(scheduler, type):
         without = f" (without {', '.join(missing)})" if missing else ""
         raise TypeError(f"scheduler: expected an instance of a diffusers scheduler, got {name}{without}")
     private = copy_scheduler(scheduler)
+    kind: Any = type(scheduler)
+    private.__class__ = adapted(kind)
     begin = None
     if num_inference_steps is not None:
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
@@ -130,6 +136,7 @@ def private_scheduler(scheduler: Any, num_inference_steps: int | None, start_ste
     else:
         begin = getattr(scheduler, "_begin_index", None)
     timesteps = torch.as_tensor(private.timesteps).detach().to("cpu", copy=True)
+    timesteps = timesteps[: evaluations(type(scheduler), len(timesteps))]
     count = len(timesteps)
     if not 0 <= start_step < count:
         raise ValueError(f"start_step: expected a step in 0..{count - 1}, got {start_step}")

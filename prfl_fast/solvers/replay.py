@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from prfl_fast.solvers.base import GeneratorLike, NonlinearSchedulerError
+from prfl_fast.solvers.brownian import Interval, tree_noise
 from prfl_fast.solvers.draws import Draws, Supply, draw, given
 from prfl_fast.solvers.private import private_scheduler
 from prfl_fast.solvers.snapshot import Snapshot
 
 # Batch, and a form that no table of a scheduler has by chance.
 PROBE_SHAPE = torch.Size((6, 4, 1, 4, 4))
+
+# dtype of a draw, and the interval of the Brownian tree where it comes from one
+_Drawn = tuple[torch.dtype, Interval | None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Replay:
         # Before and after scale_model_input, which may set the step index.
         self._before: dict[int, Snapshot] = {start_step: Snapshot(self.scheduler, _is_slot)}
         self._ready: dict[int, Snapshot] = {}
-        self._draw_dtypes: dict[tuple[int, torch.dtype, torch.dtype], tuple[torch.dtype, ...]] = {}
+        self._drawn: dict[tuple[int, torch.dtype, torch.dtype], tuple[_Drawn, ...]] = {}
 
     def num_slots(self, i: int) -> int:
         """Tensors of history before step i, which must be recorded up to there."""
@@ -99,8 +103,15 @@ class Replay:
             return supply(shape, dtype, device)
 
         options = {**self._options, "return_dict": True} if "return_dict" in self._options else self._options
-        with Draws(counted):
-            result = self.scheduler.step(model_output, self._times[i], x, **options)
+        try:
+            with Draws(counted):
+                result = self.scheduler.step(model_output, self._times[i], x, **options)
+        except (AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
+            # NotImplementedError, which some raise for settings of theirs, is a RuntimeError.
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} fails in step {i} of {self.num_steps} with these "
+                f"settings: {type(error).__name__}: {error}"
+            ) from error
         self.num_draws[i] = count
         after = Snapshot(self.scheduler, _is_slot)
         self._before[i + 1] = after
@@ -150,17 +161,22 @@ class Replay:
         """The draws of step i for latents like ``like``."""
         if not self.num_draws[i]:
             return ()
-        dtypes = self._dtypes_of_draws(i, like.dtype, like.dtype if model_dtype is None else model_dtype)
-        return tuple(draw(like.shape, dtype, like.device, generator) for dtype in dtypes)
+        kinds = self._kinds_of_draws(i, like.dtype, like.dtype if model_dtype is None else model_dtype)
+        return tuple(
+            draw(like.shape, dtype, like.device, generator)
+            if interval is None
+            else tree_noise(self.scheduler, interval, like.shape, dtype, like.device, generator)
+            for dtype, interval in kinds
+        )
 
-    def _dtypes_of_draws(self, i: int, dtype: torch.dtype, model_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    def _kinds_of_draws(self, i: int, dtype: torch.dtype, model_dtype: torch.dtype) -> tuple[_Drawn, ...]:
         """A dry run on a few zeros tells them: some schedulers draw in float32, some in the model's dtype."""
         key = (i, dtype, model_dtype)
-        if key not in self._draw_dtypes:
-            seen: list[torch.dtype] = []
+        if key not in self._drawn:
+            seen: list[_Drawn] = []
 
             def supply(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-                seen.append(dtype)
+                seen.append((dtype, getattr(self.scheduler, "asked", None)))
                 return torch.zeros(shape, dtype=dtype, device=device)
 
             x = torch.zeros(PROBE_SHAPE, dtype=dtype, device="cpu")
@@ -171,8 +187,8 @@ class Replay:
                         self.scheduler.step(x.to(model_dtype), self._times[i], x, **self._options)
                 finally:
                     self.release()
-            self._draw_dtypes[key] = tuple(seen)
-        return self._draw_dtypes[key]
+            self._drawn[key] = tuple(seen)
+        return self._drawn[key]
 
     def difference(self, other: Replay) -> str | None:
         """What two recordings disagree about, history's tensors aside: run state that depends on values."""

@@ -85,8 +85,13 @@ class SchedulerSolver(Solver):
         model_output: Tensor,
         noise: tuple[Tensor, ...] = (),
         latent_mask: Tensor | None = None,
+        *,
+        unconditional: Tensor | None = None,
+        guidance_scale: float = 1.0,
     ) -> tuple[Tensor, ...]:
         self._check_step(i)
+        if unconditional is not None:
+            raise ValueError("unconditional: expected None, the scheduler's own step takes one output; combine them")
         count = 1 + self._replay.num_slots(i)
         if len(state) != count:
             raise ValueError(f"state: expected {count} tensors before step {i}, got {len(state)}")
@@ -103,11 +108,17 @@ class SchedulerSolver(Solver):
         noise: tuple[Tensor, ...],
         cotangents: Sequence[Tensor | None],
         latent_mask: Tensor | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        *,
+        output_dtypes: Sequence[torch.dtype] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        if output_dtypes is not None and len(output_dtypes) > 1:
+            raise ValueError(f"output_dtypes: expected at most one, as the step had, got {len(output_dtypes)}")
         if state is None or model_output is None:
             raise ValueError("state, model_output: expected those of the step's forward; its adjoint depends on values")
         leaves = tuple(entry.detach().requires_grad_() for entry in state)
-        output = model_output.detach().requires_grad_()
+        output = model_output.detach()
+        wanted = () if output_dtypes is not None and not output_dtypes else (output.requires_grad_(),)
         with torch.enable_grad():
             result = self.step(i, leaves, output, noise, latent_mask)
         if len(cotangents) > len(result):
@@ -116,10 +127,13 @@ class SchedulerSolver(Solver):
         given = zip(result, cotangents, strict=False)
         pairs = [(r, g.to(r.dtype)) for r, g in given if g is not None and r.requires_grad]
         if not pairs:
-            return (None,) * len(leaves), None
+            return (None,) * len(leaves), (None,) * len(wanted)
         ends, gradients = zip(*pairs, strict=True)
-        *into_state, into_output = torch.autograd.grad(ends, (*leaves, output), gradients, allow_unused=True)
-        return tuple(into_state), into_output
+        into = torch.autograd.grad(ends, (*leaves, *wanted), gradients, allow_unused=True)
+        into_outputs = into[len(leaves) :]
+        if output_dtypes:
+            into_outputs = tuple(None if g is None else g.to(output_dtypes[0]) for g in into_outputs)
+        return into[: len(leaves)], into_outputs
 
     def original_coefficients(self, i: int) -> tuple[float, float]:
         self._check_step(i)

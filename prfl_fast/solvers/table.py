@@ -136,8 +136,19 @@ class SolverTable(Solver):
         model_output: Tensor,
         noise: tuple[Tensor, ...] = (),
         latent_mask: Tensor | None = None,
+        *,
+        unconditional: Tensor | None = None,
+        guidance_scale: float = 1.0,
     ) -> tuple[Tensor, ...]:
-        return solver_step(state, (model_output,), self.step_coefficients(i), noise=noise, latent_mask=latent_mask)
+        outputs = (model_output,) if unconditional is None else (model_output, unconditional)
+        return solver_step(
+            state,
+            outputs,
+            self.step_coefficients(i),
+            guidance_scale=guidance_scale,
+            noise=noise,
+            latent_mask=latent_mask,
+        )
 
     def pullback(
         self,
@@ -147,8 +158,17 @@ class SolverTable(Solver):
         noise: tuple[Tensor, ...],
         cotangents: Sequence[Tensor | None],
         latent_mask: Tensor | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        return solver_step_transpose(cotangents, self.step_coefficients(i), latent_mask=latent_mask)
+        *,
+        output_dtypes: Sequence[torch.dtype] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        return solver_step_transpose(
+            cotangents,
+            self.step_coefficients(i),
+            output_dtypes=output_dtypes,
+            guidance_scale=guidance_scale,
+            latent_mask=latent_mask,
+        )
 
     def original_coefficients(self, i: int) -> tuple[float, float]:
         self._check_step(i)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 import random
+import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chainjudges import Blocks, brute_force, by_counts, highs, random_blocks, simulate
+from chainjudges import (
+    Blocks,
+    brute_force,
+    by_counts,
+    greedy,
+    highs,
+    random_blocks,
+    simulate,
+    uniform,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from prfl_fast import doctor
 from prfl_fast.memory import ChainPlan, InfeasibleBudget, Mode, solve_chain
 from prfl_fast.memory.solver import chain as door
 from prfl_fast.memory.solver import twin
-from prfl_fast.memory.solver.problem import Chain, Limits, Solution
+from prfl_fast.memory.solver.problem import Best, Chain, Limits, Solution
+from prfl_fast.memory.solver.simple import try_simple_plans
 
 # Bytes per second. A copy takes 10/3 ns a byte, or about as long as a block, or next to nothing; all are rounded.
 RATES = (3 * 10**8, 23 * 10**8, 7 * 10**10)
@@ -142,8 +160,9 @@ def chain_of(blocks: Blocks, host: int) -> Chain:
 
 
 # Grids of few cells, searches of few labels, fronts of few points: everything that is cut short.
-SCARCE = Limits(2_000, 200, 20_000, 600, 2_000, 3_000, 20, 1)
+SCARCE = Limits(2_000, 200, 4_000, 300, 20_000, 600, 2_000, 3_000, 20, 1)
 SCARCE_ROOMY = SCARCE._replace(candidates=10_000)  # what is too much is seen at the end of a block only
+NARROW = SCARCE._replace(fine_labels=10**6, labels=600, candidates=400)  # room, and not work, is what is missing
 
 
 def test_the_twin_and_the_compiled_core_find_the_same(native: Any) -> None:
@@ -152,14 +171,17 @@ def test_the_twin_and_the_compiled_core_find_the_same(native: Any) -> None:
     rng = random.Random("twin")
     capped = thinned = 0
     for trial in range(300):
-        offload, limits = trial % 2 == 1, rng.choice([SCARCE, SCARCE_ROOMY, Limits()])
+        offload, limits = trial % 2 == 1, rng.choice([SCARCE, SCARCE_ROOMY, NARROW, Limits()])
         scale, family = rng.choice([20, 10**6, 10**12]), rng.choice(["random", "anti", "tied"])
         blocks = random_blocks(rng, rng.choice([1, 6, 13, 16]), 7, scale, offload, family)
         budget, host = limits_of(rng, blocks, offload)
         chain = chain_of(blocks, host)
         host = min(host, sum(max(step.offloaded for step in block) for block in chain))
-        ours = twin.solve(chain, budget, host, limits)
-        assert ours == Solution(*native.solve_chain(chain, budget, host, limits))
+        seeds = [[rng.randrange(len(block)) for block in chain] for _ in range(rng.choice([0, 3]))]
+        if rng.random() < 0.5:  # a seed that only luck can beat
+            seeds.append(native.solve_chain(chain, budget, host, Limits(), [])[1] or [0] * len(chain))
+        ours = twin.solve(chain, budget, host, limits, seeds)
+        assert ours == Solution(*native.solve_chain(chain, budget, host, limits, seeds))
         capped += ours.found and ours.bound < ours.extra
         thinned += not ours.least_exact
     assert capped >= 5 and thinned >= 3  # else the comparison would say little about searches that are cut short
@@ -179,7 +201,7 @@ def test_a_search_cut_short_certifies_its_gap(native: Any, offload: bool) -> Non
         except InfeasibleBudget as error:
             budget = error.least_bytes
             best = solve_chain(blocks, budget, host_bytes=host, bytes_per_second=RATE)
-        cut = twin.solve(chain, budget, host, SCARCE if trial % 2 else SCARCE_ROOMY)
+        cut = twin.solve(chain, budget, host, SCARCE if trial % 2 else SCARCE_ROOMY, [])
         if not cut.found:  # only a thinned front may miss a plan so close to the least
             assert not cut.least_exact and cut.least > budget
             continue
@@ -188,6 +210,48 @@ def test_a_search_cut_short_certifies_its_gap(native: Any, offload: bool) -> Non
         assert cut.bound < cut.extra or cut.extra == best.extra_ns
         open_gaps += cut.bound < cut.extra
     assert open_gaps >= 5
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
+def test_never_slower_than_greedy_nor_than_one_mode_for_all(native: Any, offload: bool) -> None:
+    """However short the search is cut; what holds is shown for the floor alone as well."""
+    rng = random.Random(f"floor {offload}")
+    rate = RATE if offload else None
+    judged = {"greedy": 0, "uniform": 0}
+    for trial in range(40):
+        family = ("random", "anti", "tied", "zero")[trial % 4]
+        blocks = random_blocks(rng, 12, 6, rng.choice([20, 10**9]), offload, family)
+        host = limits_of(rng, blocks, offload)[1]
+        with pytest.raises(InfeasibleBudget) as caught:
+            solve_chain([*blocks, [Mode(1, 1, 0, 0)]], 0, host_bytes=host, bytes_per_second=rate)
+        budget = caught.value.least_bytes + rng.randint(0, sum(max(mode.kept for mode in block) for block in blocks))
+        plan = solve_chain(blocks, budget, host_bytes=host, bytes_per_second=rate)
+        check(blocks, plan, budget, host, rate)
+        chain, original = door._normalised(blocks, host, door._rate(RATE))
+        seeds = door._one_mode_for_all(original)
+        floor = Best()
+        try_simple_plans(chain, budget, host, seeds, [0] * len(chain), floor)
+        cut = twin.solve(
+            chain, budget, host, SCARCE._replace(coarse_work=1, middle_work=1, fine_work=1, points=1 << 18), seeds
+        )
+        for name, rule in (("greedy", greedy), ("uniform", uniform)):
+            added = rule(blocks, budget, host, rate)
+            if added is not None:
+                assert floor.found and floor.extra <= added
+                assert plan.extra_ns <= added and cut.extra <= added
+                judged[name] += added > plan.extra_ns
+    assert judged["greedy"] >= 5 and judged["uniform"] >= 1  # where both are beaten: the law is no equality
+
+
+def test_seeds_are_a_floor_of_their_own() -> None:
+    """Two equal blocks: greedy takes the bait of the first mode and is stuck; one mode for both is better."""
+    bait, better, lean = Mode(5, 5, 0, 50), Mode(6, 6, 0, 10), Mode(0, 0, 0, 100)
+    blocks: Blocks = [[bait, better, lean]] * 2
+    chain = chain_of(blocks, 0)
+    nothing = Limits(1, 0, 1, 0, 1, 0, 1, 1, 1, 1)
+    seeded = twin.solve(chain, 12, 0, nothing, [[1, 1]])
+    assert seeded.extra == 20 and seeded.choice == [1, 1]
+    assert twin.solve(chain, 11, 0, nothing, [[1, 1], [0, 1]]).extra == 60  # the first does not fit
 
 
 def test_a_gap_is_told_and_not_called_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +278,118 @@ def test_equal_blocks_by_their_counts(engine: str) -> None:
         wanted = by_counts(modes, 28, budget)
         plan = solve_chain([modes] * 28, budget)
         assert plan.optimal and plan.extra_ns == wanted
+
+
+def test_no_order_of_equal_blocks_beats_the_plan(engine: str) -> None:
+    """With stalls and copies the order counts, so counts of modes alone would not do: the plan's order is the best."""
+    rng = random.Random("orders")
+    mattered = 0
+    for _ in range(12):
+        block = random_blocks(rng, 1, 4, 10**4, True)[0]
+        blocks, rate = [block] * 6, RATES[0]
+        budget, host = limits_of(rng, blocks, True)
+        try:
+            plan = solve_chain(blocks, budget, host_bytes=host, bytes_per_second=rate)
+        except InfeasibleBudget as error:
+            budget = error.least_bytes
+            plan = solve_chain(blocks, budget, host_bytes=host, bytes_per_second=rate)
+        judged = [simulate(blocks, order, rate) for order in set(itertools.permutations(plan.choice))]
+        fitting = [added for peak, added, _ in judged if peak <= budget]
+        assert min(fitting) == plan.extra_ns
+        mattered += len(fitting) < len(judged) or max(fitting) > plan.extra_ns
+    assert mattered >= 3
+
+
+sizes = st.one_of(st.integers(0, 9), st.integers(0, 1 << 63), st.sampled_from([2**58, 2**59, 2**62, 2**64]))
+
+
+@st.composite
+def any_mode(draw: st.DrawFn) -> Mode:
+    """Any mode that ``Mode`` lets pass; sizes beyond 64 bits among them."""
+    kept, extra, forward, backward = (draw(sizes) for _ in range(4))
+    offloaded = draw(st.one_of(st.just(0), sizes))
+    peak, transient = kept + offloaded + draw(sizes), offloaded + draw(sizes)
+    return Mode(kept, peak, transient, extra, offloaded, forward, backward)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    blocks=st.lists(st.lists(any_mode(), min_size=0, max_size=3), min_size=0, max_size=4),
+    budget=st.one_of(sizes, st.sampled_from([-1, True, 1.5, float("nan"), None, "9"])),
+    host=st.one_of(sizes, st.sampled_from([-1, False, 2.0])),
+    rate=st.sampled_from([None, 1, 10**9, 2.5, 10**30, 5e-324, 0, -1, float("nan"), float("inf"), True, "fast"]),
+)
+def test_whatever_comes_both_engines_answer_alike(native: Any, blocks: Any, budget: Any, host: Any, rate: Any) -> None:
+    if native is None:
+        pytest.skip("the compiled core is not built")
+
+    def answer() -> Any:
+        try:
+            return solve_chain(blocks, budget, host_bytes=host, bytes_per_second=rate)
+        except (TypeError, ValueError) as error:
+            told = str(error)
+            assert re.match(r"(blocks(\[\d+\])?|budget_bytes|host_bytes|bytes_per_second): .*(expected|hold)", told), (
+                told
+            )
+            return type(error), told, getattr(error, "least_choice", None)
+
+    compiled = answer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "_native", lambda: None)
+        assert answer() == compiled
+
+
+def test_an_impossible_budget_tells_the_plan_of_the_least_bytes(engine: str) -> None:
+    rng = random.Random("named")
+    for offload in (False, True) * 5:
+        blocks = random_blocks(rng, 6, 4, 10**6, offload)
+        host, rate = (10**6, RATE) if offload else (0, None)
+        with pytest.raises(
+            InfeasibleBudget, match=r"^budget_bytes: 0 bytes can't hold the chain; the least that would"
+        ) as e:
+            solve_chain(blocks, 0, host_bytes=host, bytes_per_second=rate)
+        peak, _, on_host = simulate(blocks, e.value.least_choice, rate)
+        assert peak == e.value.least_bytes == brute_force(blocks, 0, host, rate)[1]
+        assert on_host <= host and e.value.exact
+        again = pickle.loads(pickle.dumps(e.value))
+        assert (str(again), again.least_choice, again.argument) == (str(e.value), e.value.least_choice, "budget_bytes")
+
+
+def test_a_least_that_is_not_proved_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random("thinned")
+    monkeypatch.setattr(door, "_native", lambda: None)
+    monkeypatch.setattr(door, "_TWIN_LIMITS", SCARCE)
+    sizes = [(rng.randint(1, 10**9), rng.randint(1, 10**9)) for _ in range(12)]  # 2^12 ways to share them out
+    blocks = [[Mode(k, k, 0, 0), Mode(0, o, o, 0, offloaded=o)] for k, o in sizes]
+    with pytest.raises(InfeasibleBudget, match="the least that was found to do is") as caught:
+        solve_chain(blocks, 0, host_bytes=3 * 10**9, bytes_per_second=RATE)
+    assert not caught.value.exact
+
+
+def test_other_threads_run_while_the_core_searches(native: Any) -> None:
+    if native is None:
+        pytest.skip("the compiled core is not built")
+    rng = random.Random("threads")
+    # Time saved is bytes kept, from 10^9 integers: not proved in any time, so that the search does all its work.
+    blocks = [[Mode(k, k, 0, 10**9 - k) for k in (rng.randint(0, 10**9) for _ in range(12))] for _ in range(40)]
+    seen: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            seen.append(time.monotonic())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.monotonic()
+    plan = solve_chain(blocks, 18 * 10**9)
+    end = time.monotonic()
+    done.set()
+    ticker.join()
+    assert not plan.optimal
+    inside = [at for at in seen if start < at < end]
+    # With the lock held there would be none between the first and the last tenth.
+    assert any(start + (end - start) * 0.1 < at < end - (end - start) * 0.1 for at in inside)
 
 
 def test_the_simulator_on_a_chain_done_by_hand() -> None:
@@ -321,11 +497,18 @@ def test_bad_input_is_one_error_that_names_the_argument(call: Any, error: type[E
 
 def test_a_missing_core_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prfl_fast._native", None)
-    door._native.cache_clear()
+    forget_the_core()
     try:
         with pytest.warns(UserWarning, match="compiled planner is not there") as caught:
             plan = solve_chain(OK, 2)
         assert len(caught) == 1 and plan.choice == (0,)
         solve_chain(OK, 2)  # a second warning would be an error
+        monkeypatch.setattr(doctor, "_OPTIONAL", ())
+        assert "the same in Python runs instead" in doctor.examine().compiled["planner core"]
     finally:
-        door._native.cache_clear()
+        forget_the_core()
+
+
+def forget_the_core() -> None:
+    door._load.cache_clear()
+    door._native.cache_clear()

@@ -78,7 +78,7 @@ def test_adjoint_identity(shape: tuple[int, ...], mask_kind: str) -> None:
     z, w = (tuple(strided(*shape) for _ in range(k)) for k in (2, 3))
     m = strided(*shape)
     out = solver_step(z, (m,), c, latent_mask=mask)
-    into_z, into_m = solver_step_transpose(w, c, latent_mask=mask)
+    into_z, (into_m,) = solver_step_transpose(w, c, latent_mask=mask)
     left = sum(float((a * b).sum()) for a, b in zip(out, w, strict=True))
     pairs = zip((*z, m), (*into_z, into_m), strict=True)
     right = sum(float((a * b).sum()) for a, b in pairs if b is not None)
@@ -94,7 +94,7 @@ def test_transpose_is_autograds(dtype: torch.dtype) -> None:
     m = torch.randn(2, 3, dtype=dtype, requires_grad=True)
     w = tuple(torch.randn(2, 3, dtype=dtype) for _ in range(3))
     expected = torch.autograd.grad(solver_step(z, (m,), c, latent_mask=mask), (*z, m), w)
-    into_z, into_m = solver_step_transpose(w, c, latent_mask=mask)
+    into_z, (into_m,) = solver_step_transpose(w, c, latent_mask=mask)
     for actual, wanted in zip((*into_z, into_m), expected, strict=True):
         # Three terms below 10, each rounded to the dtype by autograd.
         assert actual is not None and actual.dtype == dtype
@@ -108,10 +108,11 @@ def test_none_is_zero_in_the_transpose() -> None:
         full = solver_step_transpose((zero, g, zero), c, latent_mask=mask)
         for given in ((None, g, None), (None, g)):
             into_z, into_m = solver_step_transpose(given, c, latent_mask=mask)
-            assert all(a is not None and b is not None and a.equal(b) for a, b in zip(into_z, full[0], strict=True))
-            assert into_m is not None and full[1] is not None and into_m.equal(full[1])
-        assert solver_step_transpose((None, None), c, latent_mask=mask) == ((None, None), None)
-        assert solver_step_transpose((), c, latent_mask=mask) == ((None, None), None)
+            pairs = zip((*into_z, *into_m), (*full[0], *full[1]), strict=True)
+            assert all(a is not None and b is not None and a.equal(b) for a, b in pairs)
+        assert solver_step_transpose((None, None), c, latent_mask=mask) == ((None, None), (None,))
+        assert solver_step_transpose((), c, output_dtypes=(), latent_mask=mask) == ((None, None), ())
+        assert solver_step_transpose((), c, output_dtypes=(torch.half,) * 2) == ((None, None), (None, None))
 
 
 def test_zero_coefficients_give_zero_and_no_gradient() -> None:
@@ -119,7 +120,7 @@ def test_zero_coefficients_give_zero_and_no_gradient() -> None:
     x, h, m = torch.randn(3), torch.randn(3), torch.full((3,), torch.nan)
     first, second = solver_step((x, h), (m,), c)
     assert first.equal(2 * h) and second.equal(torch.zeros(3))
-    into, into_m = solver_step_transpose((x, h), c)
+    into, (into_m,) = solver_step_transpose((x, h), c)
     assert into[0] is None and into[1] is not None and into[1].equal(2 * x) and into_m is None
 
 
@@ -214,6 +215,8 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
         "state: expected one dtype and shape",
     ),
     (lambda: solver_step_transpose((X, X), ONE), ValueError, "cotangents: expected at most 1 tensors, got 2"),
+    (lambda: solver_step_transpose((X,), ONE, output_dtypes=(X.dtype,) * 3), ValueError, "output_dtypes: .* got 3"),
+    (lambda: solver_step((X,), (X, X), ONE, guidance_dtype=torch.int8), TypeError, "guidance_dtype: .* got torch.int8"),
     (lambda: StepCoefficients((), (), ()), ValueError, "one row per output entry, got 0, 0 and 0 rows"),
     (lambda: StepCoefficients(((1.0,),), (1.0, 2.0), ((),)), ValueError, "got 1, 2 and 1 rows"),
     (lambda: StepCoefficients(((1.0,), (1.0, 2.0)), (1.0, 2.0), ((), ())), ValueError, "rows of one length"),

@@ -102,6 +102,7 @@ def compile_for(arch, state, output, transposed, full):
         "zero_pattern": (False,) * (n_terms * n_rows), "guided": n_terms - 1 if not transposed else n_rows - 1,
         "has_second": full, "has_mask": full, "has_extra": full, "transposed": transposed,
         "T": triton.language.float64 if state == "fp64" else triton.language.float32, "block": 1024,
+        "G": triton.language.float64 if output == "fp64" else triton.language.bfloat16,
     }
     signature |= {name: "constexpr" for name in constants}
     source = ASTSource(solver_step_kernel, signature, constants)

@@ -85,6 +85,36 @@ def test_wan_from_an_image(dtype: torch.dtype, solver: str, kind: str) -> None:
     assert not torch.equal(other, expected), "the image must matter"
 
 
+# Its pipeline makes one video of one string.
+ONE = {"prompt": tinypipes.PROMPT, "negative_prompt": tinypipes.NEGATIVE}
+
+
+def edit() -> dict[str, Any]:
+    """Five frames whose last three are made anew, and a reference image of another shape."""
+    from PIL import Image
+
+    masks = [Image.new("L", (48, 32), 255 * (frame > 1)) for frame in range(5)]
+    return {"video": [picture() for _ in range(5)], "mask": masks, "reference_images": [picture().resize((16, 24))]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_wan_vace_bit_for_bit(dtype: torch.dtype, solver: str, experts: int) -> None:
+    pipe = tinypipes.wan_vace(dtype, solver, experts=experts)
+    arguments = {**ONE, **edit(), "conditioning_scale": 0.7, "num_inference_steps": 4}
+    expected = of_pipeline(pipe, "wan", **arguments)
+    assert expected.shape == (1, 16, 3, 4, 6)  # the reference image's frame stands in front
+    assert_same_bits(of_chain(pipe, "wan", **arguments), expected)
+    for changed in (edit(), {"conditioning_scale": [0.2]}, {"mask": None}):
+        assert not torch.equal(of_chain(pipe, "wan", **arguments | changed), expected), "the control must matter"
+
+
+def test_wan_vace_from_text_alone() -> None:
+    pipe = tinypipes.wan_vace(torch.float32)
+    assert_same_bits(of_chain(pipe, "wan", **ONE), of_pipeline(pipe, "wan", **ONE))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_hunyuan_bit_for_bit(dtype: torch.dtype, scale: float) -> None:
@@ -105,6 +135,25 @@ def test_one_branch_bit_for_bit(family: str) -> None:
     pipe = getattr(tinypipes, family)(torch.float32)
     expected = of_pipeline(pipe, family, guidance_scale=1.0)
     assert_same_bits(of_chain(pipe, family, guidance_scale=1.0), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ltx_from_an_image_bit_for_bit_without_guidance(dtype: torch.dtype) -> None:
+    pipe = tinypipes.ltx_image(dtype)
+    arguments = {"guidance_scale": 1.0, "image": [picture(), picture()]}
+    expected = of_pipeline(pipe, "ltx", **arguments)
+    assert_same_bits(of_chain(pipe, "ltx", **arguments), expected)
+    inputs = prfl_fast.pipeline_inputs(pipe, **call("ltx", **arguments))
+    first = 2 * 3  # tokens of a frame
+    assert torch.equal(expected[:, :first], inputs["latents"][:, :first])
+    assert not torch.equal(of_chain(pipe, "ltx", **arguments | {"image": picture()}), expected), "the image must matter"
+    # Latents that hold the first frame need no image, and keep their graph.
+    given = inputs["latents"].double().requires_grad_()
+    without = call("ltx", **arguments | {"image": None, "latents": given})
+    assert_same_bits(of_chain(pipe, "ltx", **without), expected)
+    sample = prfl_fast.unrolled_sample(**prfl_fast.pipeline_inputs(pipe, **without))
+    sample.latents[:, first:].float().square().sum().backward()
+    assert given.grad is not None and given.grad[:, :first].abs().sum() > 0, "later frames look at the first"
 
 
 def test_several_videos_per_prompt_and_a_generator_each() -> None:
@@ -177,6 +226,13 @@ def test_ltx(dtype: torch.dtype, solver: str) -> None:
     assert_within_rounding(pipe, "ltx", solver, 3.0, guidance_scale=3.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("solver", ["scheduler", "auto"])
+def test_ltx_from_an_image(dtype: torch.dtype, solver: str) -> None:
+    pipe = tinypipes.ltx_image(dtype)
+    assert_within_rounding(pipe, "ltx", solver, 3.0, guidance_scale=3.0, image=[picture(), picture()])
+
+
 def test_ltx_with_rescaled_guidance_and_another_frame_rate() -> None:
     pipe = tinypipes.ltx(torch.float32)
     arguments = {"guidance_scale": 4.0, "guidance_rescale": 0.7, "frame_rate": 12}
@@ -212,6 +268,17 @@ def test_table_of_a_hunyuan_pipeline(dtype: torch.dtype) -> None:
     assert_within_rounding(pipe, "hunyuan", "auto", 3.0, true_cfg_scale=3.0)
 
 
+FAMILIES = ["wan", "wan_image", "wan_vace", "hunyuan", "ltx", "ltx_image", "cogvideox"]
+
+
+def given(family: str) -> tuple[str, dict[str, Any]]:
+    """Whose sizes a family takes, and what its pipeline needs besides a prompt."""
+    sizes = family.removesuffix("_image").removesuffix("_vace")
+    more = {"wan_image": lambda: {"image": picture()}, "ltx_image": lambda: {"image": picture()}}
+    more["wan_vace"] = lambda: {**ONE, **edit()}
+    return sizes, more[family]() if family in more else {}
+
+
 # Gradients.
 
 
@@ -231,13 +298,12 @@ def with_lora(pipe: Any) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("solver", ["scheduler", "auto"])
-@pytest.mark.parametrize("family", ["wan", "wan_image", "hunyuan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_that_of_the_pipelines_own_loop(family: str, solver: str) -> None:
     """The pipeline's call without its no_grad is a plain loop in one graph; LoRA gets the same gradient from both."""
     make = {"wan": lambda dtype: tinypipes.wan(dtype, experts=2)}.get(family, getattr(tinypipes, family))
     pipe = make(torch.float32)
-    sizes = "wan" if family == "wan_image" else family
-    arguments: dict[str, Any] = {"image": picture()} if family == "wan_image" else {}
+    sizes, arguments = given(family)
     if family == "hunyuan":
         arguments["true_cfg_scale"] = 3.0
     lora = with_lora(pipe)
@@ -318,11 +384,10 @@ def state_of(pipe: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["wan", "wan_image", "hunyuan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_pipeline_stays_as_it_was(family: str) -> None:
     pipe = getattr(tinypipes, family)(torch.float32)
-    sizes = "wan" if family == "wan_image" else family
-    arguments = {"image": picture()} if family == "wan_image" else {}
+    sizes, arguments = given(family)
     of_pipeline(pipe, sizes, **arguments)  # leaves a used scheduler behind
     before = state_of(pipe)
     random = torch.get_rng_state()
@@ -381,6 +446,13 @@ def never(*arguments: Any, **keywords: Any) -> Any:
         ("wan", {"image": 1}, TypeError, "image: unknown for WanPipeline; expected some of prompt, negative_prompt"),
         ("wan", {"hight": 16, "output_type": "pil"}, TypeError, "hight, output_type: unknown for WanPipeline"),
         ("wan_image", {}, ValueError, "image: WanImageToVideoPipeline needs the first frame"),
+        ("wan_vace", {}, ValueError, "prompt: WanVACEPipeline makes one video of one string at a time"),
+        ("wan_vace", {**ONE, "num_videos_per_prompt": 2}, ValueError, "num_videos_per_prompt: WanVACEPipeline"),
+        ("wan_vace", {**ONE, "conditioning_scale": [1, 1]}, ValueError, "conditioning_scale: .* 1 of them, .* got .2,"),
+        ("wan_vace", {**ONE, "mask": [1]}, ValueError, "`mask` can only be passed if `video`"),
+        ("wan_vace", {**ONE, "num_frames": 6}, ValueError, "num_frames: expected a multiple of 4 plus 1, got 6"),
+        ("ltx_image", {}, ValueError, "image: LTXImageToVideoPipeline needs the first frame"),
+        ("ltx", {"image": 1}, TypeError, "image: unknown for LTXPipeline"),
         ("hunyuan", {"prompt": None, "prompt_embeds": torch.ones(1, 6, 16)}, ValueError, "prompt_attention_mask"),
         ("ltx", {"height": 48}, ValueError, "height"),
         ("cogvideox", {"num_videos_per_prompt": 2}, TypeError, "num_videos_per_prompt: unknown for CogVideoXPipeline"),
@@ -390,15 +462,15 @@ def test_wrong_arguments(family: str, arguments: dict[str, Any], error: type[Exc
     pipe = getattr(tinypipes, family)(torch.float32)
     pipe.text_encoder.forward = never
     with pytest.raises(error, match=message):
-        prfl_fast.pipeline_inputs(pipe, **call("wan" if family == "wan_image" else family, **arguments))
+        prfl_fast.pipeline_inputs(pipe, **call(given(family)[0], **arguments))
 
 
 def test_wrong_pipelines() -> None:
     import diffusers
 
     listed = (
-        "pipe: expected one of WanPipeline, WanImageToVideoPipeline, HunyuanVideoPipeline, LTXPipeline, "
-        "CogVideoXPipeline, got "
+        "pipe: expected one of WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, HunyuanVideoPipeline, "
+        "LTXPipeline, LTXImageToVideoPipeline, CogVideoXPipeline, got "
     )
     with pytest.raises(TypeError, match=listed + "NoneType"):
         prfl_fast.pipeline_inputs(None, prompt="a cat")

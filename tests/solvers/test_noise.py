@@ -105,8 +105,8 @@ def test_noise_has_no_influence_on_the_adjoint() -> None:
     table, own = (make_solver(scheduler, STEPS, kind=kind) for kind in ("table", "scheduler"))
     x, m, g = (torch.randn(2, 3) for _ in range(3))
     noise = own.draw_noise(1, x, seeded())
-    (into_x,), into_m = table.pullback(1, None, None, (), [g])
-    (own_x,), own_m = own.pullback(1, (x,), m, noise, [g])
+    (into_x,), (into_m,) = table.pullback(1, None, None, (), [g])
+    (own_x,), (own_m,) = own.pullback(1, (x,), m, noise, [g])
     assert into_x is not None and into_m is not None and own_x is not None and own_m is not None
     # One coefficient each; the scheduler's autograd rounds some 8 times.
     assert loop.distance(into_x, own_x) <= 8 * 2**-24 and loop.distance(into_m, own_m) <= 8 * 2**-24

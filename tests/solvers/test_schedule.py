@@ -50,7 +50,6 @@ def test_pure_noise() -> None:
 def test_unknown_is_nan() -> None:
     for config, more, scale in (
         ({}, {}, 1.0),
-        ({"prediction_type": "epsilon"}, {"precondition_outputs": None}, 0.6),
         ({"prediction_type": "epsilon"}, {}, 0.6),
     ):
         assert all(math.isnan(v) for v in denoised_prediction(scheduler(config, **more), 0.5, scale))

@@ -74,7 +74,7 @@ def test_pullback_is_autograd_of_the_step(case: tuple[str, dict[str, Any]], mask
         w = [torch.randn_like(z) for z in out]
         loss = sum((a * b).sum() for a, b in zip(out, w, strict=True))
         expected = torch.autograd.grad(loss, (*leaves, m), allow_unused=True)
-        into_state, into_m = solver.pullback(i, leaves, m, (), w, mask)
+        into_state, (into_m,) = solver.pullback(i, leaves, m, (), w, mask)
         for actual, wanted in zip((*into_state, into_m), expected, strict=True):
             assert (actual is None) == (wanted is None)
             # The sum over outputs is taken in another order: 4 terms of 2^-53.
@@ -104,7 +104,7 @@ def test_the_mask_holds_the_latents_and_nothing_else() -> None:
         assert all(a.equal(b) for a, b in zip(free[1:], held[1:], strict=True))
     # Held elements pass their cotangent on to x as it is, and none to the network.
     g = torch.randn(2, 3, 4)
-    (into_x,), into_m = solver.pullback(0, (x,), m, (), [g], torch.zeros(1, 1, 4))
+    (into_x,), (into_m,) = solver.pullback(0, (x,), m, (), [g], torch.zeros(1, 1, 4))
     assert into_x is not None and into_x.equal(g)
     assert into_m is None or not into_m.any()
 
@@ -117,8 +117,13 @@ def test_missing_cotangents_are_zero() -> None:
     short = solver.pullback(1, state, m, (), [g])
     full = solver.pullback(1, state, m, (), [g, *([None] * 3)])
     assert all((a is None) == (b is None) for a, b in zip(short[0], full[0], strict=True))
-    assert short[1] is not None and short[1].equal(full[1])
-    assert solver.pullback(1, state, m, (), [None]) == ((None,) * len(state), None)
+    (short_m,), (full_m,) = short[1], full[1]
+    assert short_m is not None and full_m is not None and short_m.equal(full_m)
+    into_state, into_outputs = solver.pullback(1, state, m, (), [g], output_dtypes=())
+    assert into_outputs == () and into_state[0] is not None and into_state[0].equal(full[0][0])
+    (narrow_m,) = solver.pullback(1, state, m, (), [g], output_dtypes=(torch.bfloat16,))[1]
+    assert narrow_m is not None and narrow_m.equal(full_m.bfloat16())
+    assert solver.pullback(1, state, m, (), [None]) == ((None,) * len(state), (None,))
 
 
 def test_keeps_no_tensor_of_a_run_alive() -> None:
@@ -143,6 +148,10 @@ def test_wrong_calls_are_refused() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="state: expected 1 tensors before step 0, got 2"):
         solver.step(0, (x, x), x)
+    with pytest.raises(ValueError, match="unconditional: expected None, the scheduler's own step takes one output"):
+        solver.step(0, (x,), x, unconditional=x)
+    with pytest.raises(ValueError, match="output_dtypes: expected at most one, as the step had, got 2"):
+        solver.pullback(0, (x,), x, (), [x], output_dtypes=(x.dtype, x.dtype))
     with pytest.raises(ValueError, match="its adjoint depends on values"):
         solver.pullback(0, None, None, (), [x])
     with pytest.raises(ValueError, match="noise: step 0 draws 0 tensors, got 1"):

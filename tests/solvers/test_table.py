@@ -224,7 +224,7 @@ def test_the_adjoint_identity(name: str, masked: bool) -> None:
         m = torch.randn(2, 3, 4, dtype=torch.float64)
         out = table.step(i, z, m, latent_mask=mask)
         w = [torch.randn_like(m) for _ in out]
-        into_z, into_m = table.pullback(i, None, None, (), w, mask)
+        into_z, (into_m,) = table.pullback(i, None, None, (), w, mask)
         left = sum(float((a * b).sum()) for a, b in zip(out, w, strict=True))
         right = sum(float((a * b).sum()) for a, b in zip((*z, m), (*into_z, into_m), strict=True) if b is not None)
         assert left == pytest.approx(right, rel=1e-12, abs=1e-12)

@@ -41,26 +41,76 @@ PRFL_INLINE void store(const Target& target, int64_t start, int count, const T* 
   }
 }
 
+template <typename O, Scalar kRounded>
+PRFL_INLINE void guide_as(O guidance, int count, const O* conditional, O* value) {
+  for (int i = 0; i < count; ++i) {
+    const O unconditional = round_to(value[i], kRounded);
+    const O apart = round_to(round_to(conditional[i], kRounded) - unconditional, kRounded);
+    value[i] = round_to(unconditional + round_to(guidance * apart, kRounded), kRounded);
+  }
+}
+
+// g, and the unconditional output's gradient after it.
+template <typename O, Scalar kRounded>
+PRFL_INLINE void split_as(O guidance, int count, O* value, O* rest) {
+  for (int i = 0; i < count; ++i) {
+    const O whole = round_to(value[i], kRounded);
+    value[i] = round_to(whole * guidance, kRounded);
+    rest[i] = round_to(whole - value[i], kRounded);
+  }
+}
+
+// The guided output, in T; arithmetic in O.
+template <typename T, typename O>
+PRFL_INLINE void guide(const LinearMap& map, int64_t start, int count, T* value) {
+  O conditional[kTile], guided[kTile];
+  load(map.term[map.guided], start, count, conditional);
+  load(map.second, start, count, guided);
+  const O guidance = static_cast<O>(map.guidance);
+  switch (map.guidance_scalar) {
+    case Scalar::f16: guide_as<O, Scalar::f16>(guidance, count, conditional, guided); break;
+    case Scalar::bf16: guide_as<O, Scalar::bf16>(guidance, count, conditional, guided); break;
+    default: guide_as<O, Scalar::f32>(guidance, count, conditional, guided);
+  }
+  for (int i = 0; i < count; ++i) value[i] = static_cast<T>(guided[i]);
+}
+
+// Gradients of both outputs from that of the guided one; arithmetic in O.
+template <typename T, typename O>
+PRFL_INLINE void split(const LinearMap& map, int64_t start, int count, const T* value) {
+  O conditional[kTile], rest[kTile];
+  for (int i = 0; i < count; ++i) conditional[i] = static_cast<O>(value[i]);
+  const O guidance = static_cast<O>(map.guidance);
+  switch (map.guidance_scalar) {
+    case Scalar::f16: split_as<O, Scalar::f16>(guidance, count, conditional, rest); break;
+    case Scalar::bf16: split_as<O, Scalar::bf16>(guidance, count, conditional, rest); break;
+    default: split_as<O, Scalar::f32>(guidance, count, conditional, rest);
+  }
+  store(map.row[map.guided], start, count, conditional);
+  store(map.extra, start, count, rest);
+}
+
 template <typename T, bool kTransposed>
 PRFL_INLINE void run_tile(const LinearMap& map, int64_t start, int count) {
   double sum[kMaxTerms][kTile];
   T value[kTile], other[kTile], held[kTile];
   bool change[kTile];
   const bool masked = map.mask.data != nullptr;
-  const T guidance = static_cast<T>(map.guidance);
   if (masked) {
-    for (int i = 0; i < count; ++i) change[i] = mask_at(map.mask, start + i);
+    for (int i = 0; i < count; ++i) change[i] = map.mask.data[mask_offset(map.mask, start + i)] != 0;
   }
   // From -0: the first fused product is then the product itself, its sign of zero included.
   for (int r = 0; r < map.rows; ++r) std::fill_n(sum[r], count, -0.0);
 
   for (int t = 0; t < map.terms; ++t) {
-    load(map.term[t], start, count, value);
-    if (map.second.data != nullptr && t == (kTransposed ? 0 : map.guided)) {
+    if (!kTransposed && map.second.data != nullptr && t == map.guided) {
+      guides_in<T>(map) ? guide<T, T>(map, start, count, value) : guide<T, float>(map, start, count, value);
+    } else {
+      load(map.term[t], start, count, value);
+    }
+    if (kTransposed && map.second.data != nullptr && t == 0) {
       load(map.second, start, count, other);
-      for (int i = 0; i < count; ++i) {
-        value[i] = kTransposed ? value[i] + other[i] : other[i] + guidance * (value[i] - other[i]);
-      }
+      for (int i = 0; i < count; ++i) value[i] = value[i] + other[i];
     }
     if (masked && t == 0) {
       for (int i = 0; i < count; ++i) {
@@ -88,16 +138,11 @@ PRFL_INLINE void run_tile(const LinearMap& map, int64_t start, int count) {
         }
       }
     }
-    if (map.extra.data != nullptr && r == (kTransposed ? map.guided : 0)) {
-      for (int i = 0; i < count; ++i) {
-        other[i] = value[i];
-        if (kTransposed) {
-          value[i] = value[i] * guidance;
-          other[i] = other[i] - value[i];
-        }
-      }
-      store(map.extra, start, count, other);
+    if (kTransposed && map.extra.data != nullptr && r == map.guided) {
+      guides_in<T>(map) ? split<T, T>(map, start, count, value) : split<T, float>(map, start, count, value);
+      continue;
     }
+    if (!kTransposed && map.extra.data != nullptr && r == 0) store(map.extra, start, count, value);
     store(map.row[r], start, count, value);
   }
 }

@@ -1,11 +1,8 @@
 // Device code of the solver step and its transpose: one launch, every tensor read once and written once. No torch here.
 #pragma once
 
+#include "common/memory.cuh"
 #include "ops/solver_step/linear_map.h"
-
-#ifndef __CUDACC__
-#define __grid_constant__
-#endif
 
 namespace prfl::solver_step {
 
@@ -21,7 +18,7 @@ struct alignas(sizeof(E) * kVector < 16 ? sizeof(E) * kVector : 16) Pack {
 // A whole vector that is known to be aligned.
 template <typename E>
 __device__ __forceinline__ Pack<E> load_pack(const void* data, int64_t start) {
-  return *reinterpret_cast<const Pack<E>*>(static_cast<const E*>(data) + start);
+  return global_load(reinterpret_cast<const Pack<E>*>(static_cast<const E*>(data) + start));
 }
 
 // Elements start .. start + count - 1 as T; whole and aligned vectors in loads of up to 16 bytes, others one by one.
@@ -34,7 +31,7 @@ __device__ __forceinline__ void load_as(const void* data, int64_t start, int cou
     for (int i = 0; i < kVector; ++i) value[i] = narrow<T>(widen(pack.element[i]));
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) value[i] = i < count ? narrow<T>(widen(from[i])) : T(0);
+    for (int i = 0; i < kVector; ++i) value[i] = i < count ? narrow<T>(widen(global_load(from + i))) : T(0);
   }
 }
 
@@ -55,11 +52,11 @@ __device__ __forceinline__ void store_as(void* data, int64_t start, int count, c
     Pack<E> pack;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) pack.element[i] = narrow<E>(value[i]);
-    *reinterpret_cast<Pack<E>*>(to) = pack;
+    global_store(reinterpret_cast<Pack<E>*>(to), pack);
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < count) to[i] = narrow<E>(value[i]);
+      if (i < count) global_store(to + i, narrow<E>(value[i]));
     }
   }
 }
@@ -81,19 +78,19 @@ __device__ __forceinline__ unsigned load_mask(const Mask& mask, int64_t start, i
     unsigned char value[kVector];
     const uint8_t* from = mask.data + start;
     if (count == kVector && reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
-      const Pack<unsigned char> pack = *reinterpret_cast<const Pack<unsigned char>*>(from);
+      const Pack<unsigned char> pack = global_load(reinterpret_cast<const Pack<unsigned char>*>(from));
 #pragma unroll
       for (int i = 0; i < kVector; ++i) value[i] = pack.element[i];
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) value[i] = i < count ? from[i] : 0;
+      for (int i = 0; i < kVector; ++i) value[i] = i < count ? global_load(from + i) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) bits |= (value[i] != 0 ? 1u : 0u) << i;
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < count && mask_at(mask, start + i)) bits |= 1u << i;
+      if (i < count && global_load(mask.data + mask_offset(mask, start + i)) != 0) bits |= 1u << i;
     }
   }
   return bits;
@@ -104,6 +101,38 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+
+// The guided output, in T; arithmetic in O, the dtype of guidance or float for the narrower ones.
+template <typename T, typename O>
+__device__ __forceinline__ void guide(const LinearMap& map, int64_t start, int count, T (&value)[kVector]) {
+  O conditional[kVector], unconditional[kVector];
+  load(map.term[map.guided], start, count, conditional);
+  load(map.second, start, count, unconditional);
+  const Scalar rounded = map.guidance_scalar;
+  const O guidance = static_cast<O>(map.guidance);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const O from = round_to(unconditional[i], rounded);
+    const O apart = round_to(add(round_to(conditional[i], rounded), -from), rounded);
+    value[i] = static_cast<T>(round_to(add(from, round_to(multiply(guidance, apart), rounded)), rounded));
+  }
+}
+
+// Gradients of both outputs from that of the guided one; arithmetic as above.
+template <typename T, typename O>
+__device__ __forceinline__ void split(const LinearMap& map, int64_t start, int count, const T (&value)[kVector]) {
+  O conditional[kVector], rest[kVector];
+  const Scalar rounded = map.guidance_scalar;
+  const O guidance = static_cast<O>(map.guidance);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const O whole = round_to(static_cast<O>(value[i]), rounded);
+    conditional[i] = round_to(multiply(whole, guidance), rounded);
+    rest[i] = round_to(add(whole, -conditional[i]), rounded);
+  }
+  store(map.row[map.guided], start, count, conditional);
+  store(map.extra, start, count, rest);
+}
 
 template <int kRows>
 using Sums = double[kRows][kVector];
@@ -176,18 +205,16 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_cons
 #pragma unroll 1
   for (; t < map.terms; ++t) {
     T value[kVector];
-    load(map.term[t], start, count, value);
     if (!kTransposed && has_second && t == map.guided) {
-      T other[kVector];
-      load(map.second, start, count, other);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        value[i] = add(other[i], multiply(static_cast<T>(map.guidance), add(value[i], -other[i])));
-      }
+      guides_in<T>(map) ? guide<T, T>(map, start, count, value) : guide<T, float>(map, start, count, value);
+    } else {
+      load(map.term[t], start, count, value);
     }
     accumulate<T, kRows>(map, t, value, sum);
   }
 
+  const bool splits = kTransposed && map.extra.data != nullptr;
+  T whole[kVector];  // the guided output's gradient: split once, behind the loop, not in each of its copies
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r < map.rows) {
@@ -204,20 +231,17 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_cons
           }
         }
       }
-      if (map.extra.data != nullptr && r == (kTransposed ? map.guided : 0)) {
-        T second[kVector];
+      if (splits && r == map.guided) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          second[i] = result[i];
-          if (kTransposed) {
-            result[i] = multiply(result[i], static_cast<T>(map.guidance));
-            second[i] = add(second[i], -result[i]);
-          }
-        }
-        store(map.extra, start, count, second);
+        for (int i = 0; i < kVector; ++i) whole[i] = result[i];
+      } else {
+        if (!kTransposed && map.extra.data != nullptr && r == 0) store(map.extra, start, count, result);
+        store(map.row[r], start, count, result);
       }
-      store(map.row[r], start, count, result);
     }
+  }
+  if (splits) {
+    guides_in<T>(map) ? split<T, T>(map, start, count, whole) : split<T, float>(map, start, count, whole);
   }
 }
 

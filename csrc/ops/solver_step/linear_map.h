@@ -31,11 +31,13 @@ struct Mask {
 
 // row[r] = sum over t of coefficient[t][r] * term[t], in double, rounded once. With T the dtype of the state:
 //
-// The step.          term[guided] is T(second) + guidance * (T(term[guided]) - T(second)), in T, when `second` is there.
+// The step.          term[guided] is u + guidance * (c - u), when u, `second`, is there; c is the term itself. Both are
+//                    cast to `guidance_scalar` first, and every operation is rounded to it, as torch's own are.
 //                    With a mask row[0] is term[0] where the mask is false. `extra` is row[0] in another dtype.
 // The transpose.     term[0] has T(second) added, when it is there; with a mask it counts as zero where the mask is
-//                    false, and is added to row[0] there. row[guided] is first rounded to T, g; with `extra`, the
-//                    unconditional output's gradient, it holds T(g * guidance) and `extra` the rest, g - T(g * guidance).
+//                    false, and is added to row[0] there. With `extra`, the unconditional output's gradient, row[guided]
+//                    is rounded to T and to `guidance_scalar`, g: it holds g * guidance and `extra` the rest,
+//                    g - g * guidance, each rounded to `guidance_scalar`, as autograd has them.
 struct LinearMap {
   int64_t length;
   int terms;
@@ -45,6 +47,7 @@ struct LinearMap {
   // time, without a look at each one's dtype. See count_plain.
   int plain;
   double guidance;
+  Scalar guidance_scalar;  // double for a state of doubles only
   Source term[kMaxTerms];
   Source second;
   Target row[kMaxTerms];
@@ -62,8 +65,14 @@ inline int count_plain(const LinearMap& map, Scalar state, bool transposed) {
   return plain;
 }
 
-// Byte of the mask that belongs to element `index` in logical order.
-PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {
+// Whether guidance is arithmetic in T, the state's dtype; else it is in float, rounded to what is narrower, as torch does.
+template <typename T>
+PRFL_INLINE bool guides_in(const LinearMap& map) {
+  return sizeof(T) == sizeof(float) || map.guidance_scalar == Scalar::f64;
+}
+
+// Where in the mask the byte stands that belongs to element `index` in logical order.
+PRFL_INLINE int64_t mask_offset(const Mask& mask, int64_t index) {
   int64_t offset = 0;
 #pragma unroll
   for (int d = kMaxMaskDims - 1; d >= 0; --d) {
@@ -73,7 +82,7 @@ PRFL_INLINE bool mask_at(const Mask& mask, int64_t index) {
       index = next;
     }
   }
-  return mask.data[offset] != 0;
+  return offset;
 }
 
 }  // namespace prfl::solver_step

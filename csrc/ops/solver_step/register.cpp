@@ -122,6 +122,13 @@ Scalar state_scalar(int64_t number) {
   return scalar;
 }
 
+void set_guidance(LinearMap& map, Scalar state, double scale, int64_t dtype) {
+  map.guidance = scale;
+  map.guidance_scalar = scalar_of(dtype);
+  STD_TORCH_CHECK(map.guidance_scalar != Scalar::f64 || state == Scalar::f64,
+                  "solver_step: guidance_dtype: float64 needs a float64 state");
+}
+
 std::vector<Tensor> step(
     std::vector<Tensor> terms,
     MaybeTensor unconditional,
@@ -129,6 +136,7 @@ std::vector<Tensor> step(
     std::vector<double> coefficients,
     int64_t guided,
     double guidance_scale,
+    int64_t guidance_dtype,
     int64_t dtype,
     int64_t copy_dtype) {
   const Scalar state = state_scalar(dtype);
@@ -138,7 +146,7 @@ std::vector<Tensor> step(
     STD_TORCH_CHECK(guided >= 0 && guided < map.terms, "solver_step: guided: no such term: ", guided);
     map.second = call.source(*unconditional, terms[0]);
     map.guided = static_cast<int>(guided);
-    map.guidance = guidance_scale;
+    set_guidance(map, state, guidance_scale, guidance_dtype);
     STD_TORCH_CHECK(guided > 0 || !mask.has_value(), "solver_step: with a mask, expected x as the first term");
   }
   call.set_mask(mask, terms[0]);
@@ -158,6 +166,7 @@ std::vector<Tensor> step_transpose(
     std::vector<int64_t> dtypes,
     int64_t guided,
     double guidance_scale,
+    int64_t guidance_dtype,
     int64_t unconditional_dtype) {
   Call call(cotangents, static_cast<int64_t>(dtypes.size()), coefficients);
   const Scalar state = state_scalar(static_cast<int64_t>(scalar_of(cotangents[0])));
@@ -171,7 +180,7 @@ std::vector<Tensor> step_transpose(
     STD_TORCH_CHECK(guided >= 0 && guided < map.rows, "solver_step: guided: no such row: ", guided);
     map.extra = call.target(cotangents[0], scalar_of(unconditional_dtype), results);
     map.guided = static_cast<int>(guided);
-    map.guidance = guidance_scale;
+    set_guidance(map, state, guidance_scale, guidance_dtype);
   }
   run(map, state, true, cotangents[0]);
   return results;

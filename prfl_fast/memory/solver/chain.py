@@ -106,8 +106,11 @@ def solve_chain(
     nanoseconds, plus ``2 c`` of the last block, whose copies nothing hides. (A barrier stands after every block: a copy
     belongs to one neighbour's time.) Integers throughout: a plan that is given never exceeds the budget.
 
-    Deterministic: the search stops after a count of operations, never after a time. Chains that occur in practice are
-    solved to proved optimality; a hard one comes with its certified gap.
+    Deterministic: the search stops after a count of operations, never after a time. For some tens of blocks that is
+    under a second of the compiled core, which lets other Python threads run (an interrupt is seen when it ends). Chains
+    that occur in practice are solved to proved optimality; a hard one comes with its certified gap, and is never slower
+    than any single mode for all blocks nor than greedy (from the leanest modes on, the change of one block that saves
+    most time per further byte, as long as one fits).
 
     Args:
         blocks: the ways to run each block, in the order of the forward. Stem and head are blocks too.
@@ -116,8 +119,9 @@ def solve_chain(
         bytes_per_second: rate of the host link in one direction; needed where modes that offload may be used.
 
     Raises:
-        InfeasibleBudget: no plan stays within the budget. Its ``least_bytes`` is a budget that some plan meets, and the
-            least one (with a host that can't hold all and very many different sizes: the least that was found).
+        InfeasibleBudget: no plan stays within the budget. Its ``least_bytes`` is a budget that some plan meets,
+            ``least_choice`` that plan; ``exact``: no plan meets a smaller one (False only with a host that can't hold
+            all and with very many different sizes, and the message says so).
         TypeError, ValueError: an argument is wrong; the message begins with its name.
     """
     budget = _whole("budget_bytes", budget_bytes)
@@ -127,9 +131,15 @@ def solve_chain(
     chain, original = _normalised(blocks, host, rate)
     # More than any plan needs is as good as that, and fits 64 bits.
     most_host = sum(max(step.offloaded for step in block) for block in chain)
-    solution = _solve(chain, min(budget, LARGEST), min(host, most_host))
+    solution = _solve(chain, min(budget, LARGEST), min(host, most_host), _one_mode_for_all(original))
     if not solution.found:
-        raise InfeasibleBudget(budget, solution.least)
+        raise InfeasibleBudget(
+            budget,
+            solution.least,
+            argument="budget_bytes",
+            least_choice=tuple(original[i][mode] for i, mode in enumerate(solution.least_choice)),
+            exact=solution.least_exact,
+        )
     choice = solution.choice
     bound = min(solution.bound, solution.extra)
     return ChainPlan(
@@ -143,26 +153,44 @@ def solve_chain(
     )
 
 
-def _solve(chain: Chain, budget: int, host: int) -> Solution:
+def missing_core() -> str | None:
+    """Why the compiled core can't be loaded and the same in Python runs instead; None: it is there."""
+    return _load()[1]
+
+
+def _solve(chain: Chain, budget: int, host: int, seeds: list[list[int]]) -> Solution:
     native = _native()
     if native is None:
-        return twin.solve(chain, budget, host, _TWIN_LIMITS)
-    return Solution(*native.solve_chain(chain, budget, host, _LIMITS))
+        return twin.solve(chain, budget, host, _TWIN_LIMITS, seeds)
+    return Solution(*native.solve_chain(chain, budget, host, _LIMITS, seeds))
+
+
+@cache
+def _load() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module("prfl_fast._native"), None
+    except ImportError as error:
+        return None, str(error)
 
 
 @cache
 def _native() -> Any:
     """The compiled core, or None where it is not there; that is announced, and once, for the result is cached."""
-    try:
-        return importlib.import_module("prfl_fast._native")
-    except ImportError as error:
+    native, reason = _load()
+    if reason is not None:
         # stacklevel 1: a warning of this package, which `prfl-fast doctor` collects.
         warnings.warn(
-            f"prfl_fast: its compiled planner is not there ({error}); the same in Python runs instead: slower, and on "
+            f"prfl_fast: its compiled planner is not there ({reason}); the same in Python runs instead: slower, and on "
             "hard chains with larger gaps",
             stacklevel=1,
         )
-        return None
+    return native
+
+
+def _one_mode_for_all(original: list[list[int]]) -> list[list[int]]:
+    """For every mode that all blocks may use, its index in each block."""
+    common = set.intersection(*map(set, original))
+    return [[usable.index(mode) for usable in original] for mode in sorted(common)]
 
 
 def _normalised(blocks: Sequence[Sequence[Mode]], host: int, rate: Fraction | None) -> tuple[Chain, list[list[int]]]:

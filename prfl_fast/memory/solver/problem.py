@@ -39,8 +39,8 @@ class Limits(NamedTuple):
     Attributes:
         coarse_work: cell updates of the first grids.
         coarse_labels: label expansions on them.
-        fine_work: cell updates of the second grids.
-        fine_labels: label expansions on them.
+        middle_work, middle_labels: the same of the second grids.
+        fine_work, fine_labels: the same of the third.
         cells: cells held by all grids of a round.
         labels: labels held by a search.
         candidates: labels held before dominated ones are dropped.
@@ -49,12 +49,14 @@ class Limits(NamedTuple):
 
     coarse_work: int = 4_000_000
     coarse_labels: int = 300_000
-    fine_work: int = 60_000_000
-    fine_labels: int = 30_000_000
-    cells: int = 2_500_000
+    middle_work: int = 60_000_000
+    middle_labels: int = 3_000_000
+    fine_work: int = 300_000_000
+    fine_labels: int = 50_000_000
+    cells: int = 8_000_000
     labels: int = 3_000_000
-    candidates: int = 1 << 18
-    points: int = 1 << 18
+    candidates: int = 1 << 17
+    points: int = 1 << 20
 
 
 class Solution(NamedTuple):
@@ -77,3 +79,39 @@ class Solution(NamedTuple):
     least_choice: list[int]
     least: int
     least_exact: bool
+
+
+class Node(NamedTuple):
+    """The bytes of the block before that are being copied, and the time of one copy."""
+
+    offloaded: int
+    copy: int
+
+
+class Best:
+    """The best plan known, and the best bound."""
+
+    def __init__(self) -> None:
+        self.found = False
+        self.choice: list[int] = []
+        self.extra = 0
+        self.bound = 0
+
+    @property
+    def proved(self) -> bool:
+        """No plan is better."""
+        return self.found and self.bound >= self.extra
+
+
+def entered(node: Node, step: Step) -> int:
+    """Added time of a mode that is entered from a node: its own, and the stalls of the copies before it."""
+    return step.extra + max(0, node.copy - step.forward) + max(0, node.copy - step.backward)
+
+
+def added_by(chain: Chain, choice: list[int]) -> int:
+    """Added time of a plan, stalls included."""
+    node, total = Node(0, 0), 0
+    for block, mode in zip(chain, choice, strict=True):
+        total += entered(node, block[mode])
+        node = Node(block[mode].offloaded, block[mode].copy)
+    return total + 2 * node.copy

@@ -8,6 +8,12 @@ node is (prefix, host bytes, time); the prefix is what earlier blocks keep.
 2. Grids over rounded prefixes: lower bounds on the time that the rest of the chain adds.
 3. Labels from boundary to boundary, pruned by these bounds and by dominance: the best plan, proved unless labels had to
    be let go; then the least bound among those is the certificate.
+
+Equal blocks need no search of their own. Without stalls a label holds sums over the modes chosen so far, so all orders
+of the same counts are one label, and a boundary inside a run never has more labels than there are counts of modes that
+fit in some order; dominance leaves fewer. Counts alone would be wrong as soon as anything is offloaded: a copy burdens
+the block after it, so that both the peak and the stalls depend on which mode follows which. There the label also names
+the last offloaded size, and nothing else of the order matters to the rest of the chain.
 """
 
 from __future__ import annotations
@@ -18,19 +24,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prfl_fast.memory.solver.problem import NEVER, Chain, Limits, Solution, Step
+from prfl_fast.memory.solver.problem import NEVER, Best, Chain, Limits, Node, Solution, Step, added_by, entered
+from prfl_fast.memory.solver.simple import try_simple_plans
 
 _SCALE = 20  # prices are fixed-point numbers: 2^-20 ns per byte
-_FIRST_LOOK = 16  # labels per boundary of the search that only wants a good plan
+# Labels per boundary of the searches that only want a good plan: the wide one then has far less to look at.
+_FIRST_LOOK = 16
+_SECOND_LOOK = 1024
+# Most budgets hold some plan, and to find one takes so many times fewer points than to prove the least peak.
+_FEWER_POINTS = 8
 _NARROWEST = 16  # labels that go on, however little work is left
-_KEEP_WORK = 8  # a label that is kept costs about as much as so many that are not
-
-
-class Node(NamedTuple):
-    """The bytes of the block before that are being copied, and the time of one copy."""
-
-    offloaded: int
-    copy: int
+_KEEP_WORK = 10  # a label that is kept costs about as much as so many that are not
 
 
 class Arc(NamedTuple):
@@ -56,26 +60,6 @@ class Label(NamedTuple):
     bound: int
 
 
-class Best:
-    """The best plan known, and the best bound."""
-
-    def __init__(self) -> None:
-        self.found = False
-        self.choice: list[int] = []
-        self.extra = 0
-        self.bound = 0
-
-    @property
-    def proved(self) -> bool:
-        """No plan is better."""
-        return self.found and self.bound >= self.extra
-
-
-def entered(node: Node, step: Step) -> int:
-    """Added time of a mode that is entered from a node: its own, and the stalls of the copies before it."""
-    return step.extra + max(0, node.copy - step.forward) + max(0, node.copy - step.backward)
-
-
 class Graph:
     """Nodes and arcs. Prefixes are counted in units, the greatest common divisor of all kept sizes."""
 
@@ -92,14 +76,16 @@ class Graph:
         self.host_binds = self.most_offloaded > host
         self.need = self._least_need(chain)
         self.most_kept = sum(max(step.kept for step in block) for block in chain) // self.unit
-        self.longest = 0
         self.arcs: list[list[list[Arc]]] = []
         for i, block in enumerate(chain):
             if i >= 2 and block == chain[i - 1] == chain[i - 2]:
                 self.arcs.append(self.arcs[-1])
             else:
                 self.arcs.append([self._arcs_of(node, block, self.targets[i + 1]) for node in self.nodes[i]])
-        self.count_arcs = sum(len(row) for arcs in self.arcs for row in arcs)
+        self.reach = [0]  # by boundary: no prefix of a plan within the budget is longer there, in units
+        for arcs, need in zip(self.arcs, self.need[1:], strict=True):
+            longest = max((min(arc.limit, self.reach[-1]) + arc.kept for row in arcs for arc in row), default=0)
+            self.reach.append(min(max((budget - min(need)) // self.unit, 0), longest))
         self.count_nodes = sum(map(len, self.nodes))
 
     def _least_need(self, chain: Chain) -> list[list[int]]:
@@ -120,7 +106,6 @@ class Graph:
             if room >= 0:
                 limit, kept = min(room // self.unit, self.most_kept), step.kept // self.unit
                 arcs.append(Arc(limit, kept, entered(node, step), step.offloaded, m, targets[step.offloaded]))
-                self.longest = max(self.longest, limit + kept)
         arcs.sort(key=lambda arc: (arc.cost, arc.kept, -arc.limit, arc.offloaded, arc.mode))
         best: list[Arc] = []
         for arc in arcs:  # a target with fewer offloaded bytes is no worse
@@ -138,16 +123,19 @@ class Grid:
 
     def __init__(self, graph: Graph, shift: int, price: int) -> None:
         self.graph, self.shift, self.price = graph, shift, price
-        cells = (graph.longest >> shift) + 1
-        self.value = [[np.full(cells, NEVER, dtype=np.int64) for _ in row] for row in graph.nodes]
+        self.value = [
+            [np.full((reach >> shift) + 1, NEVER, dtype=np.int64) for _ in row]
+            for row, reach in zip(graph.nodes, graph.reach, strict=True)
+        ]
         for row, node in zip(self.value[-1], graph.nodes[-1], strict=True):
             row[:] = 2 * node.copy  # nothing is left to hide the last block's copies
         for i in reversed(range(len(graph.arcs))):
             for row, arcs in zip(self.value[i], graph.arcs[i], strict=True):
                 for arc in arcs:
-                    start, count = arc.kept >> shift, (arc.limit >> shift) + 1
-                    after = self.value[i + 1][arc.target][start : start + count]
-                    np.minimum(row[:count], after + self.priced(arc), out=row[:count])
+                    start = arc.kept >> shift
+                    after = self.value[i + 1][arc.target][start:]
+                    count = min((arc.limit >> shift) + 1, len(row), len(after))
+                    np.minimum(row[:count], after[:count] + self.priced(arc), out=row[:count])
 
     def priced(self, arc: Arc) -> int:
         """Cost of the arc and of its bytes on the host."""
@@ -166,8 +154,11 @@ class Grid:
         for i, arcs in enumerate(self.graph.arcs):
             for arc in arcs[node]:
                 after = cell + (arc.kept >> self.shift)
-                if cell <= arc.limit >> self.shift and (
-                    self.priced(arc) + self.value[i + 1][arc.target][after] == self.value[i][node][cell]
+                rest = self.value[i + 1][arc.target]
+                if (
+                    cell <= arc.limit >> self.shift
+                    and after < len(rest)
+                    and self.priced(arc) + rest[after] == self.value[i][node][cell]
                 ):
                     total, cell, node = total + arc.offloaded, after, arc.target
                     break
@@ -176,9 +167,17 @@ class Grid:
 
 def shift_for(graph: Graph, work: int, cells: int) -> int:
     """The smallest shift with which one grid stays within both limits."""
-    most = max(1, min(work // max(1, graph.count_arcs), cells // graph.count_nodes))
+    longest = max(graph.reach)
+    arcs = [sum(map(len, rows)) for rows in graph.arcs]
     shift = 0
-    while graph.longest >> shift >= most and graph.longest >> shift > 0:
+    while longest >> shift:
+        rows = [(reach >> shift) + 1 for reach in graph.reach]
+        if (
+            longest >> shift < cells
+            and sum(row * count for row, count in zip(rows, arcs, strict=False)) <= work
+            and sum(row * len(nodes) for row, nodes in zip(rows, graph.nodes, strict=True)) <= cells
+        ):
+            break
         shift += 1
     return shift
 
@@ -207,9 +206,9 @@ def least_peak(chain: Chain, graph: Graph, points: int) -> tuple[list[int], int,
     """The plan of the least peak, its peak, and whether that is proved.
 
     Fronts of (host bytes, need, mode, next point) run from the end of the chain to its start. One that outgrows its
-    share of the points is thinned, and the result is then a plan's peak, but not proved.
+    share of the points left is thinned, and the result is then a plan's peak, but not proved.
     """
-    most = max(16, points // graph.count_nodes)
+    nodes_left = graph.count_nodes
     exact = True
     fronts = [[[(0, 0, 0, 0)] for _ in row] for row in graph.nodes]
     for i in reversed(range(len(chain))):
@@ -225,9 +224,11 @@ def least_peak(chain: Chain, graph: Graph, points: int) -> tuple[list[int], int,
             for point in sorted(every):
                 if not front or point[1] < front[-1][1]:
                     front.append(point)
+            most = max(16, points // nodes_left)  # what others left unused is shared out again
             if len(front) > most:
                 front = [front[j * (len(front) - 1) // (most - 1)] for j in range(most)]
                 exact = False
+            points, nodes_left = max(0, points - len(front)), nodes_left - 1
             fronts[i][a] = front
     choice = []
     node_index, at = 0, len(fronts[0][0]) - 1
@@ -268,7 +269,7 @@ def compact(labels: list[Label], width: int) -> tuple[list[Label], int]:
     if len(labels) <= width:
         return labels, NEVER
     labels.sort(key=lambda label: (label.bound, label))
-    return labels[:width], labels[width].bound
+    return sorted(labels[:width]), labels[width].bound
 
 
 def search(graph: Graph, grids: list[Grid], work: int, width: int, candidates: int, best: Best) -> int:
@@ -298,8 +299,11 @@ def search(graph: Graph, grids: list[Grid], work: int, width: int, candidates: i
                 if prefix * graph.unit + graph.need[i + 1][arc.target] > graph.budget:
                     continue
                 cost = label.cost + arc.cost
-                rest = max(0, *(grid.bound(i + 1, arc.target, prefix, taken) for grid in grids))
-                if cost + rest >= best.extra if best.found else rest >= NEVER:
+                rest, too_much = 0, best.extra - cost if best.found else NEVER
+                for grid in grids:
+                    if rest < too_much:
+                        rest = max(rest, grid.bound(i + 1, arc.target, prefix, taken))
+                if rest >= too_much:
                     continue
                 kept += 1
                 following.append(Label(arc.target, prefix, taken, cost, parent, arc.mode, cost + rest))
@@ -323,40 +327,44 @@ def search(graph: Graph, grids: list[Grid], work: int, width: int, candidates: i
 
 
 def improve(graph: Graph, prices: list[int], work: int, label_work: int, limits: Limits, best: Best) -> None:
-    """One round: grids as fine as ``work`` allows, then a narrow search and a wide one."""
+    """One round: grids as fine as ``work`` allows, then searches from narrow to wide."""
     shift = shift_for(graph, work // len(prices), limits.cells // len(prices))
     grids = [Grid(graph, shift, price) for price in prices]
     best.bound = max(best.bound, *(grid.bound(0, 0, 0, 0) for grid in grids))
-    for width in (_FIRST_LOOK, max(_FIRST_LOOK, min(limits.labels // len(graph.arcs), limits.candidates // 2))):
+    widest = max(_FIRST_LOOK, min(limits.labels // len(graph.arcs), limits.candidates // 2))
+    for width in (_FIRST_LOOK, _SECOND_LOOK, widest):
         if best.proved:
             return
+        if width > widest:
+            continue
         lost = search(graph, grids, label_work, width, limits.candidates, best)
         best.bound = max(best.bound, min(lost, best.extra) if best.found else lost)
 
 
-def added_by(chain: Chain, choice: list[int]) -> int:
-    """Added time of a plan, stalls included."""
-    node, total = Node(0, 0), 0
-    for block, mode in zip(chain, choice, strict=True):
-        total += entered(node, block[mode])
-        node = Node(block[mode].offloaded, block[mode].copy)
-    return total + 2 * node.copy
+def solve(chain: Chain, budget: int, host: int, limits: Limits, seeds: list[list[int]]) -> Solution:
+    """The fastest plan whose peak stays within ``budget`` bytes and whose offloaded bytes sum to at most ``host``.
 
-
-def solve(chain: Chain, budget: int, host: int, limits: Limits) -> Solution:
-    """The fastest plan whose peak stays within ``budget`` bytes and whose offloaded bytes sum to at most ``host``."""
+    Never slower than the greedy plan and those of ``seeds``, as far as they fit.
+    """
     graph = Graph(chain, budget, host)
-    least_choice, least, exact = least_peak(chain, graph, limits.points)
+    least_choice, least, exact = least_peak(chain, graph, limits.points // _FEWER_POINTS)
+    if least > budget and not exact:
+        least_choice, least, exact = least_peak(chain, graph, limits.points)
     best = Best()
     if least <= budget:
         best.found, best.choice, best.extra = True, least_choice, added_by(chain, least_choice)
     if best.found or not exact:
-        prices = [0]
+        prices = []
         if graph.host_binds:
-            # Some around the best one: further on, with other room left, other prices are best.
+            # Some around the best one, which comes first: further on, with other room left, other prices are best.
             price = best_price(graph, shift_for(graph, limits.coarse_work, limits.cells))
-            prices += [price * fifths // 5 for fifths in (4, 5, 6)]
+            prices += [price * fifths // 5 for fifths in (5, 4, 6)]
+        prices.append(0)
         improve(graph, prices, limits.coarse_work, limits.coarse_labels, limits, best)
+        if not best.proved:
+            # A hard chain: whatever becomes of the search, no simple plan shall beat it.
+            try_simple_plans(chain, budget, host, seeds, least_choice, best)
+            improve(graph, prices, limits.middle_work, limits.middle_labels, limits, best)
         if not best.proved:
             improve(graph, prices, limits.fine_work, limits.fine_labels, limits, best)
     return Solution(best.found, best.choice, best.extra, best.bound, least_choice, least, exact)

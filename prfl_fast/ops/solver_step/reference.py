@@ -36,20 +36,34 @@ def _combine(terms: Iterable[tuple[float, Tensor | None]], wide: _Wide) -> Tenso
     return total.to(tensor.dtype)
 
 
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``u + scale (c - u)`` in ``dtype``, in the grouping of diffusers' pipelines (others differ in the last bits)."""
+    c, u = conditional.to(dtype), unconditional.to(dtype)
+    return u + scale * (c - u)
+
+
+def guide_transpose(cotangent: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Adjoint of :func:`guide`, in ``dtype``, with autograd's roundings."""
+    whole = cotangent.to(dtype)
+    conditional = whole * scale
+    return conditional, whole - conditional
+
+
 def step(
     state: Sequence[Tensor],
     model_outputs: Sequence[Tensor],
     coefficients: StepCoefficients,
     guidance_scale: float,
+    guidance_dtype: torch.dtype,
     noise: Sequence[Tensor],
     mask: Tensor | None,
 ) -> list[Tensor]:
     """State after the step; see :func:`prfl_fast.ops.solver_step`. ``mask`` is bool."""
     dtype = state[0].dtype
-    m = model_outputs[0].to(dtype)
+    m = model_outputs[0]
     if len(model_outputs) == 2:
-        unconditional = model_outputs[1].to(dtype)
-        m = unconditional + guidance_scale * (m - unconditional)
+        m = guide(m, model_outputs[1], guidance_scale, guidance_dtype)
+    m = m.to(dtype)
     draws = [draw.to(dtype) for draw in noise]
     wide = _Wide()
     result = []
@@ -62,9 +76,14 @@ def step(
 
 
 def transpose(
-    cotangents: Sequence[Tensor | None], coefficients: StepCoefficients, mask: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """Adjoint of :func:`step`, one cotangent per output; ``mask`` is bool."""
+    cotangents: Sequence[Tensor | None],
+    coefficients: StepCoefficients,
+    mask: Tensor | None,
+    output_dtypes: Sequence[torch.dtype],
+    guidance_scale: float,
+    guidance_dtype: torch.dtype,
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Adjoint of :func:`step`, one cotangent per result; ``mask`` is bool."""
     rows = list(cotangents)
     untouched: Tensor | None = None
     x = rows[0]
@@ -75,4 +94,10 @@ def transpose(
     into_state = [_combine(zip(column, rows, strict=True), wide) for column in zip(*coefficients.A, strict=True)]
     if untouched is not None:
         into_state[0] = untouched if into_state[0] is None else into_state[0] + untouched
-    return tuple(into_state), _combine(zip(coefficients.B, rows, strict=True), wide)
+    into_output = _combine(zip(coefficients.B, rows, strict=True), wide) if output_dtypes else None
+    if into_output is None:
+        return tuple(into_state), (None,) * len(output_dtypes)
+    into_outputs: tuple[Tensor, ...] = (into_output,)
+    if len(output_dtypes) == 2:
+        into_outputs = guide_transpose(into_output, guidance_scale, guidance_dtype)
+    return tuple(into_state), tuple(g.to(dtype) for g, dtype in zip(into_outputs, output_dtypes, strict=True))

@@ -19,16 +19,17 @@ from prfl_fast.ops.dtypes import DTYPES, NUMBERS
 MAX_TERMS = 16
 
 # guided: index of the network's output among the terms (in the transpose: among the results), where there is an
-# unconditional output beside it. dtype, copy_dtype, dtypes: see dtypes.py; -1 is none.
+# unconditional output beside it. guidance_dtype: that of guidance's arithmetic, read where there is some. It and dtype,
+# copy_dtype, dtypes: see dtypes.py; -1 is none.
 # Results: one tensor of dtype per row, then x' in copy_dtype.
 _STEP = (
     "(Tensor[] terms, Tensor? unconditional, Tensor? mask, float[] coefficients, int guided, float guidance_scale, "
-    "int dtype, int copy_dtype) -> Tensor[]"
+    "int guidance_dtype, int dtype, int copy_dtype) -> Tensor[]"
 )
 # Results: one tensor per entry of dtypes, then the unconditional output's gradient.
 _TRANSPOSE = (
     "(Tensor[] cotangents, Tensor? copy_cotangent, Tensor? mask, float[] coefficients, int[] dtypes, int guided, "
-    "float guidance_scale, int unconditional_dtype) -> Tensor[]"
+    "float guidance_scale, int guidance_dtype, int unconditional_dtype) -> Tensor[]"
 )
 
 _library = torch.library.Library("prfl_fast", "FRAGMENT")  # noqa: TOR901 (it has to live as long as the process)
@@ -45,6 +46,7 @@ def _fake_step(
     coefficients: Sequence[float],
     guided: int,
     guidance_scale: float,
+    guidance_dtype: int,
     dtype: int,
     copy_dtype: int,
 ) -> list[Tensor]:
@@ -60,6 +62,7 @@ def _fake_transpose(
     dtypes: Sequence[int],
     guided: int,
     guidance_scale: float,
+    guidance_dtype: int,
     unconditional_dtype: int,
 ) -> list[Tensor]:
     numbers = [*dtypes, unconditional_dtype] if unconditional_dtype >= 0 else dtypes
@@ -82,7 +85,8 @@ def _keep(ctx: Any, mask: Tensor | None) -> None:
 
 
 def _set_up_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    terms, unconditional, mask, ctx.coefficients, ctx.guided, ctx.guidance_scale, ctx.dtype, ctx.copy_dtype = inputs
+    terms, unconditional, mask, ctx.coefficients, *guidance, ctx.dtype, ctx.copy_dtype = inputs
+    ctx.guided, ctx.guidance_scale, ctx.guidance_dtype = guidance
     ctx.dtypes = [NUMBERS[term.dtype] for term in terms]
     ctx.unconditional_dtype = _number(unconditional)
     _keep(ctx, mask)
@@ -118,16 +122,18 @@ def _step_backward(ctx: Any, gradients: Sequence[Tensor | None], op: Callable[..
             [ctx.dtypes[t] for t in columns],
             columns.index(ctx.guided) if split else -1,
             ctx.guidance_scale,
+            ctx.guidance_dtype,
             ctx.unconditional_dtype if split else -1,
         )
         for t, result in zip(columns, results, strict=False):
             into_terms[t] = result if ctx.needs_input_grad[0][t] else None
         into_unconditional = results[-1] if split and ctx.needs_input_grad[1] else None
-    return into_terms, into_unconditional, None, None, None, None, None, None
+    return into_terms, into_unconditional, *(None,) * 7
 
 
 def _set_up_transpose(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    cotangents, copy, mask, ctx.coefficients, ctx.dtypes, ctx.guided, ctx.guidance_scale, unconditional = inputs
+    cotangents, copy, mask, ctx.coefficients, ctx.dtypes, *guidance, unconditional = inputs
+    ctx.guided, ctx.guidance_scale, ctx.guidance_dtype = guidance
     ctx.count = len(cotangents)
     ctx.dtype = NUMBERS[cotangents[0].dtype]
     ctx.copy_dtype = _number(copy)
@@ -159,12 +165,13 @@ def _transpose_backward(
             [ctx.coefficients[t * ctx.count + r] for r in range(ctx.count) for t in present],
             present.index(ctx.guided) if guided else -1,
             ctx.guidance_scale,
+            ctx.guidance_dtype,
             ctx.dtype,
             ctx.copy_dtype,
         )
         into = [*results[: ctx.count]]
         into_copy = results[ctx.count] if ctx.copy_dtype >= 0 else None
-    return into, into_copy, None, None, None, None, None, None
+    return into, into_copy, *(None,) * 7
 
 
 def define(suffix: str) -> None:

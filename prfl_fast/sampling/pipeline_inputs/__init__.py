@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prfl_fast.sampling.pipeline_inputs import cogvideox, hunyuan_video, ltx, wan
+from prfl_fast.sampling.pipeline_inputs import cogvideox, hunyuan_video, ltx, wan, wan_vace
 from prfl_fast.sampling.pipeline_inputs.arguments import Arguments, complete, private_view
+from prfl_fast.sampling.pipeline_inputs.decoding import check_decode, pixel_decoder
+from prfl_fast.solvers.refused import refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,16 @@ class _Family:
     arguments: tuple[str, ...]
     build: Callable[[Any, Arguments], Arguments]
     defaults: Callable[[Any], Arguments] = lambda pipe: {}  # where the pipeline's signature does not tell them
+    instead_of_image: str | None = None  # the argument that makes the first frame unnecessary
 
 
 _FAMILIES: dict[str, _Family] = {
     "WanPipeline": _Family(wan.TEXT_ARGUMENTS, wan.text_to_video),
     "WanImageToVideoPipeline": _Family(wan.IMAGE_ARGUMENTS, wan.image_to_video),
+    "WanVACEPipeline": _Family(wan_vace.ARGUMENTS, wan_vace.edited_video),
     "HunyuanVideoPipeline": _Family(hunyuan_video.ARGUMENTS, hunyuan_video.text_to_video),
     "LTXPipeline": _Family(ltx.ARGUMENTS, ltx.text_to_video),
+    "LTXImageToVideoPipeline": _Family(ltx.IMAGE_ARGUMENTS, ltx.image_to_video, instead_of_image="latents"),
     "CogVideoXPipeline": _Family(cogvideox.ARGUMENTS, cogvideox.text_to_video, cogvideox.default_sizes),
 }
 
@@ -39,6 +44,7 @@ def pipeline_inputs(
     guidance_scale: float | None = None,
     generator: Any = None,
     latents: Any = None,
+    decode: bool = False,
     **extras: Any,
 ) -> dict[str, Any]:
     """Builds the call of ``unrolled_sample`` that samples what ``pipe(...)`` would sample.
@@ -52,13 +58,18 @@ def pipeline_inputs(
     is a copy that has its timesteps.
 
     Args:
-        pipe: a WanPipeline (2.1; 2.2 with two experts; 5B), WanImageToVideoPipeline, HunyuanVideoPipeline, LTXPipeline
-            or CogVideoXPipeline, or a subclass that keeps their call.
+        pipe: a WanPipeline (2.1; 2.2 with two experts; 5B), WanImageToVideoPipeline, WanVACEPipeline,
+            HunyuanVideoPipeline, LTXPipeline, LTXImageToVideoPipeline or CogVideoXPipeline, or a subclass that keeps
+            their call.
         prompt, negative_prompt, image, height, width, num_frames, num_inference_steps, guidance_scale, generator,
             latents: as for ``pipe(...)``; None is the pipeline's own default.
+        decode: also give ``decode``, the pipeline's VAE with what this family's latents need (the sizes that packed
+            latents stand for; frames that the pipeline drops before it decodes), so that ``sample.frames`` is what the
+            pipeline would show. Freeze the VAE unless it shall learn.
         extras: further arguments of the pipeline's call that shape the latents: ``prompt_embeds``,
-            ``guidance_scale_2`` and ``last_image`` (Wan), ``true_cfg_scale`` and ``prompt_template`` (HunyuanVideo),
-            ``frame_rate`` and ``guidance_rescale`` (LTX), ``use_dynamic_cfg`` (CogVideoX), and so on.
+            ``guidance_scale_2`` and ``last_image`` (Wan), ``video``, ``mask``, ``reference_images`` and
+            ``conditioning_scale`` (VACE), ``true_cfg_scale`` and ``prompt_template`` (HunyuanVideo), ``frame_rate``
+            and ``guidance_rescale`` (LTX), ``use_dynamic_cfg`` (CogVideoX), and so on.
 
     Returns:
         Keyword arguments of ``unrolled_sample``. ``generator`` is not among them: give it to ``unrolled_sample`` for a
@@ -88,8 +99,12 @@ def pipeline_inputs(
     }
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"pipe: this {type(pipe).__name__} holds no transformer")
-    arguments = complete(pipe, given, family.arguments, family.defaults(pipe))
-    return family.build(private_view(pipe), arguments)
+    refuse_unsupported(pipe.scheduler)
+    if decode:
+        check_decode(pipe)
+    arguments = complete(pipe, given, family.arguments, family.defaults(pipe), family.instead_of_image)
+    inputs = family.build(private_view(pipe), arguments)
+    return inputs | {"decode": pixel_decoder(pipe, arguments, inputs)} if decode else inputs
 
 
 def _family(pipe: Any) -> _Family:

@@ -40,8 +40,12 @@ def private_view(pipe: Any) -> Any:
     return view
 
 
-def complete(pipe: Any, given: Arguments, names: Sequence[str], defaults: Arguments) -> Arguments:
+def complete(
+    pipe: Any, given: Arguments, names: Sequence[str], defaults: Arguments, instead_of_image: str | None = None
+) -> Arguments:
     """The arguments of the pipeline's own call: those given, ``defaults``, and those of its signature for the others.
+
+    A pipeline that takes an image needs it, unless ``instead_of_image`` is given.
 
     Raises:
         TypeError: an argument that is not among ``names``.
@@ -57,13 +61,13 @@ def complete(pipe: Any, given: Arguments, names: Sequence[str], defaults: Argume
     own = {name: parameters[name].default for name in known}
     arguments = {name: None if value is inspect.Parameter.empty else value for name, value in own.items()}
     arguments |= defaults | given
-    _check(pipe, kind, arguments)
+    _check(pipe, kind, arguments, instead_of_image)
     checked = inspect.signature(pipe.check_inputs).parameters
     pipe.check_inputs(**{name: arguments.get(name) for name in checked})
     return arguments
 
 
-def _check(pipe: Any, kind: str, arguments: Arguments) -> None:
+def _check(pipe: Any, kind: str, arguments: Arguments, instead_of_image: str | None) -> None:
     prompt = arguments["prompt"]
     if prompt is None and arguments["prompt_embeds"] is None:
         raise ValueError("prompt: expected a string, a list of strings, or prompt_embeds instead; got neither")
@@ -71,7 +75,8 @@ def _check(pipe: Any, kind: str, arguments: Arguments) -> None:
         raise ValueError(f"prompt: this {kind} holds no text_encoder; expected prompt_embeds instead")
     if isinstance(prompt, list) and not prompt:
         raise ValueError("prompt: expected at least one string, got an empty list")
-    if "image" in arguments and arguments["image"] is None:
+    replaced = instead_of_image is not None and arguments[instead_of_image] is not None
+    if "image" in arguments and arguments["image"] is None and not replaced:
         raise ValueError(f"image: {kind} needs the first frame, an image or a tensor; got None")
     steps, scale = arguments["num_inference_steps"], arguments["guidance_scale"]
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

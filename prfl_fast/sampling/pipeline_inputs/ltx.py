@@ -1,10 +1,11 @@
-"""LTX-Video (arXiv 2501.00103) from text: packed latents, a schedule shifted by their number."""
+"""LTX-Video (arXiv 2501.00103) from text or a first frame: packed latents, a schedule shifted by their number."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from prfl_fast.sampling.guidance import GuidanceFunction
@@ -14,6 +15,7 @@ from prfl_fast.sampling.pipeline_inputs.arguments import (
     assemble,
     encode,
     initial_latents,
+    num_samples,
     set_timesteps,
 )
 
@@ -28,16 +30,71 @@ _ENCODED = (
     "max_sequence_length",
 )
 ARGUMENTS = (*dict.fromkeys((*COMMON, *_ENCODED)), "frame_rate", "guidance_rescale")
+IMAGE_ARGUMENTS = (*ARGUMENTS, "image")
 
 
 def text_to_video(pipe: Any, arguments: Arguments) -> Arguments:
     """Inputs of LTXPipeline: fp32 latents ``[B, S, C]``, S = frames x height x width in latents."""
+    embeds = _text(pipe, arguments)
+    latents = initial_latents(pipe, arguments, pipe.transformer.config.in_channels)
+    return _inputs(pipe, arguments, latents, embeds)
+
+
+def image_to_video(pipe: Any, arguments: Arguments) -> Arguments:
+    """Inputs of LTXImageToVideoPipeline: as from text, but the first frame's tokens stay as they are, at timestep 0.
+
+    Latents that the caller gave hold that frame already; the image is then not needed.
+    """
+    embeds = _text(pipe, arguments)
+    pixels = None
+    if arguments["latents"] is None:
+        pixels = pipe.video_processor.preprocess(
+            arguments["image"], height=arguments["height"], width=arguments["width"]
+        ).to(device=pipe._execution_device, dtype=embeds[0].dtype)
+    with torch.no_grad():
+        latents, known = pipe.prepare_latents(
+            pixels,
+            num_samples(arguments),
+            pipe.transformer.config.in_channels,
+            arguments["height"],
+            arguments["width"],
+            arguments["num_frames"],
+            torch.float32,
+            pipe._execution_device,
+            arguments["generator"],
+            arguments["latents"],
+        )
+    if arguments["latents"] is not None:
+        latents = arguments["latents"].to(latents)  # with its graph
+    moving = 1 - known
+
+    def prepare(x: Tensor, timestep: Tensor, step: int) -> Arguments:
+        return {"timestep": timestep.expand(x.shape[0]).unsqueeze(-1) * moving}
+
+    extra = {"prepare_input": prepare, "latent_mask": moving.bool().unsqueeze(-1)}
+    return _inputs(pipe, arguments, latents, embeds) | extra
+
+
+def _text(pipe: Any, arguments: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Embeddings and masks, positive and negative."""
     guided = arguments["guidance_scale"] > 1
-    embeds, mask, negative_embeds, negative_mask = encode(pipe, arguments, _ENCODED, do_classifier_free_guidance=guided)
+    embeds: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = encode(
+        pipe, arguments, _ENCODED, do_classifier_free_guidance=guided
+    )
+    return embeds
+
+
+def _inputs(
+    pipe: Any,
+    arguments: Arguments,
+    latents: Tensor,
+    text: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> Arguments:
+    embeds, mask, negative_embeds, negative_mask = text
+    guided = arguments["guidance_scale"] > 1
     temporal, spatial = pipe.vae_temporal_compression_ratio, pipe.vae_spatial_compression_ratio
     frames = (arguments["num_frames"] - 1) // temporal + 1
     height, width = arguments["height"] // spatial, arguments["width"] // spatial
-    latents = initial_latents(pipe, arguments, pipe.transformer.config.in_channels)
     steps = arguments["num_inference_steps"]
     set_timesteps(
         pipe, sigmas=np.linspace(1.0, 1 / steps, steps), mu=_shift(pipe.scheduler.config, frames * height * width)

@@ -33,12 +33,12 @@ _ENCODED = (
 
 def text_to_video(pipe: Any, arguments: Arguments) -> Arguments:
     """Inputs of WanPipeline: fp32 latents ``[B, C, F, H, W]``."""
-    _check_sizes(pipe, arguments)
-    conditioning, negative = _text(pipe, arguments)
+    check_sizes(pipe, arguments)
+    conditioning, negative = text_conditioning(pipe, arguments)
     set_timesteps(pipe, arguments["num_inference_steps"])
     latents = initial_latents(pipe, arguments, pipe.transformer.config.in_channels)
     inputs = assemble(pipe, arguments, latents, conditioning, negative, arguments["guidance_scale"])
-    inputs |= _experts(pipe, arguments)
+    inputs |= experts(pipe, arguments)
     if pipe.config.get("expand_timesteps"):
         inputs["prepare_input"] = _token_timesteps(pipe, torch.ones(latents.shape[2:], device=latents.device))
     return inputs
@@ -50,8 +50,8 @@ def image_to_video(pipe: Any, arguments: Arguments) -> Arguments:
     The condition ``[B, 4 + C, F, H, W]`` (mask of the known frames, their latents) joins the channels of every input;
     the 5B model instead keeps its first latent frame as it is, at timestep 0.
     """
-    _check_sizes(pipe, arguments)
-    conditioning, negative = _text(pipe, arguments)
+    check_sizes(pipe, arguments)
+    conditioning, negative = text_conditioning(pipe, arguments)
     dtype, device = pipe.transformer.dtype, pipe._execution_device
     if pipe.transformer.config.image_dim is not None:
         embeds = arguments["image_embeds"]
@@ -86,10 +86,10 @@ def image_to_video(pipe: Any, arguments: Arguments) -> Arguments:
     else:
         extra = {"prepare_input": _joined_channels(condition, dtype)}
     inputs = assemble(pipe, arguments, latents, conditioning, negative, arguments["guidance_scale"])
-    return inputs | _experts(pipe, arguments) | extra
+    return inputs | experts(pipe, arguments) | extra
 
 
-def _check_sizes(pipe: Any, arguments: Arguments) -> None:
+def check_sizes(pipe: Any, arguments: Arguments) -> None:
     """What the pipeline would round, with a warning in its log."""
     temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     frames = arguments["num_frames"]
@@ -100,7 +100,8 @@ def _check_sizes(pipe: Any, arguments: Arguments) -> None:
             raise ValueError(f"{name}: expected a multiple of {spatial * patch}, got {arguments[name]}")
 
 
-def _text(pipe: Any, arguments: Arguments) -> tuple[Arguments, Arguments | None]:
+def text_conditioning(pipe: Any, arguments: Arguments) -> tuple[Arguments, Arguments | None]:
+    """Text in the network's dtype, positive and, under guidance, negative."""
     guided = arguments["guidance_scale"] > 1
     texts = encode(pipe, arguments, _ENCODED, do_classifier_free_guidance=guided)
     dtype = pipe.transformer.dtype
@@ -109,7 +110,8 @@ def _text(pipe: Any, arguments: Arguments) -> tuple[Arguments, Arguments | None]
     return positive, negative if guided else None
 
 
-def _experts(pipe: Any, arguments: Arguments) -> Arguments:
+def experts(pipe: Any, arguments: Arguments) -> Arguments:
+    """Wan 2.2's second expert with its boundary and guidance scale; nothing where the pipeline has one."""
     boundary = pipe.config.get("boundary_ratio")
     if boundary is None:
         return {}

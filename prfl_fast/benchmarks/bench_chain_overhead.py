@@ -1,7 +1,5 @@
 """Time that the chain itself takes per step: a trivial network on a tiny latent, its own time taken off.
 
-    OMP_NUM_THREADS=1 python benchmarks/chain_overhead.py --output benchmarks/results/chain_overhead_cpu.json
-
 Forward: one unrolled_sample of the full chain, its door included, minus as many bare calls of the network. Forward and
 backward: minus 2 C - 1 bare calls and C bare backwards. The solver is cached, as it is from the second chain on; what
 the first one pays is told apart. Aim: under 1 ms a step.
@@ -12,17 +10,22 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import record
 import torch
 from torch import Tensor, nn
 
 import prfl_fast
+from prfl_fast.benchmarks.registry import Row, Setting
+
+STEPS, REPEATS = 40, 30
+TINY_STEPS, TINY_REPEATS = 3, 1
 
 
 class Trivial(nn.Module):
+    """One product."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
@@ -32,6 +35,8 @@ class Trivial(nn.Module):
 
 
 def schedulers() -> dict[str, Any]:
+    """A multistep one and Euler."""
+
     import diffusers
 
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -42,6 +47,7 @@ def schedulers() -> dict[str, Any]:
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median and least of single runs, after a warm-up."""
     for _ in range(3):
         work()
     times = []
@@ -54,6 +60,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
 
 
 def measure(scheduler: Any, solver: str, graph: str, steps: int, repeats: int) -> dict[str, Any]:
+    """One row."""
     net, latents, t = Trivial(), torch.randn(1, 4, 2, 4, 4), torch.tensor(500.0)
     ones = torch.ones_like(latents)
 
@@ -100,22 +107,21 @@ def first_chain(scheduler: Any, solver: str, steps: int) -> float:
     return round(1e3 * (time.perf_counter() - start), 2)
 
 
-def main() -> None:
-    parser = record.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=30)
-    args = parser.parse_args()
-    about = record.about()
-    torch.set_num_threads(1)
-    about["threads"] = 1
-    rows = []
-    for scheduler in schedulers().values():
+def counts(setting: Setting) -> tuple[int, int]:
+    """Steps and repeats."""
+    return (TINY_STEPS, TINY_REPEATS) if setting.tiny else (STEPS, REPEATS)
+
+
+def details(setting: Setting) -> dict[str, Any]:
+    """What stands above the rows."""
+    return dict(zip(("steps", "repeats"), counts(setting), strict=True))
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """One row per scheduler, solver and form of the graph."""
+    steps, repeats = counts(setting)
+    for scheduler in list(schedulers().values())[: 1 if setting.tiny else None]:
         for solver in ("table", "scheduler"):
-            probe = first_chain(scheduler, solver, args.steps)
+            probe = first_chain(scheduler, solver, steps)
             for graph in ("chain", "steps"):
-                rows.append(measure(scheduler, solver, graph, args.steps, args.repeats) | {"first_probe_ms": probe})
-    record.write({"steps": args.steps, "repeats": args.repeats, "about": about, "rows": rows}, args.output)
-
-
-if __name__ == "__main__":
-    main()
+                yield measure(scheduler, solver, graph, steps, repeats) | {"first_probe_ms": probe}

@@ -1,4 +1,7 @@
-"""Charts as inline SVG text: lines, and dots with intervals. Colours are CSS variables, so themes restyle them."""
+"""Charts as SVG text, without a library: lines, and dots with intervals; inline in a page, or a picture of its own.
+
+Colours are CSS variables, so that a page's themes restyle them; :func:`picture` brings a style of its own.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,9 @@ def line_chart(
     points: bool = False,
     width: float = 520,
     height: float = 280,
+    legend: bool = True,
 ) -> str:
-    """A line chart with axes, grid, an optional band per series, and a legend below (HTML).
+    """A line chart with axes, grid, an optional band per series, and a legend below (HTML, unless ``legend`` is off).
 
     ``title`` is what a screen reader says. ``log_y`` drops points that are not positive. Raises ValueError when no
     series has a finite point.
@@ -91,12 +95,12 @@ def line_chart(
                 f"<title>{escape(one.label)}: {_tick(x)}, {_tick(y)}</title></circle>"
                 for x, y in zip(one.x, one.y, strict=True)
             ]
-    legend = "".join(
+    keys = "".join(
         f'<span class="key {one.tone}{" dashed" if one.dashed else ""}"><i></i>{escape(one.label)}</span>'
         for one in kept
-        if len(kept) > 1
+        if len(kept) > 1 and legend
     )
-    return _svg(parts, title, width, height) + (f'<div class="legend">{legend}</div>' if legend else "")
+    return _svg(parts, title, width, height) + (f'<div class="legend">{keys}</div>' if keys else "")
 
 
 def dot_chart(
@@ -164,6 +168,56 @@ def dot_chart(
             f'<rect x="{axis(row.mean) - 2.5:.1f}" y="{middle - 8:.1f}" width="5" height="16" rx="2"/></g>'
         )
     return _svg(parts, title, width, height)
+
+
+TONES = ("full", "one", "pixel", "other", "flow", "before", "real")
+
+_STYLE = """
+svg { --paper: #fbfaf7; --ink: #1d2126; --soft: #5b626c; --rule: #dedbd3; --grid: #ebe8e1; }
+text { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }
+.paper { fill: var(--paper); } .heading { font-size: 14px; font-weight: 600; fill: var(--ink); }
+.grid { stroke: var(--grid); } .axis { stroke: var(--rule); } .tick { font-size: 11px; }
+.mark { stroke: var(--ink); stroke-dasharray: 2 3; opacity: .7; } .mark-label { font-size: 11px; fill: var(--ink); }
+.line { fill: none; stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; }
+.band { fill: var(--tone); opacity: .16; }
+.dot { fill: var(--tone); } .dot.faint { opacity: .38; } .dot.open { fill: none; stroke: var(--tone); }
+.interval line { stroke: var(--ink); stroke-width: 2.5; }
+.interval rect { fill: var(--tone); stroke: var(--ink); stroke-width: 1.5; } .row-label { fill: var(--ink); }
+.full { --tone: #0b7a58; } .one { --tone: #2563b8; } .pixel { --tone: #c2410c; } .other { --tone: #8b3f9e; }
+.flow { --tone: #9a7200; } .before { --tone: #5b626c; } .real { --tone: #8a8f98; }
+"""
+
+
+def picture(panels: Sequence[tuple[str, str]], legend: Sequence[Series] = (), *, columns: int = 1) -> str:
+    """A file of its own: panels ``(heading, chart)`` in rows of ``columns``, charts without HTML, one legend below.
+
+    The legend shows the lines of ``legend``, which need no points.
+    """
+    sizes = [tuple(map(float, chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())) for _, chart in panels]
+    width = max(w for w, _ in sizes)
+    parts, top, legend_height = [], 8.0, 24.0 * math.ceil(len(legend) / (3 * columns))
+    for first in range(0, len(panels), columns):
+        row = range(first, min(first + columns, len(panels)))
+        for column, index in enumerate(row):
+            heading, chart = panels[index]
+            left, (w, h) = 8 + column * (width + 24), sizes[index]
+            parts.append(f'<text class="heading" x="{left + 4:g}" y="{top + 16:g}">{escape(heading)}</text>')
+            place = f'<svg x="{left:g}" y="{top + 22:g}" width="{w:g}" height="{h:g}" '
+            parts.append(place + chart.removeprefix("<svg "))
+        top += 22 + max(sizes[index][1] for index in row) + 14
+    total = 16 + columns * width + (columns - 1) * 24
+    for number, one in enumerate(legend):
+        x = 20 + number % (3 * columns) * (total - 20) / (3 * columns)
+        y = top + 14 + 24 * (number // (3 * columns))
+        dashes = ' stroke-dasharray="5 4"' if one.dashed else ""
+        parts.append(f'<path class="line {one.tone}"{dashes} d="M{x:g} {y - 4:g}h24"/>')
+        parts.append(f'<text x="{x + 31:g}" y="{y:g}">{escape(one.label)}</text>')
+    height = top + legend_height
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total:g} {height:g}" width="{total:g}" '
+        f'height="{height:g}"><style>{_STYLE}</style><rect class="paper" width="100%" height="100%"/>'
+        f"{''.join(parts)}</svg>\n"
+    )
 
 
 @dataclass(frozen=True)

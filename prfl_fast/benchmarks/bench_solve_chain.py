@@ -1,7 +1,5 @@
 """The planner: time, memory and gap on one core, and what it gains over greedy and over one mode for all blocks.
 
-    python benchmarks/solve_chain.py --output benchmarks/results/solve_chain.json
-
 Every chain gets a budget between the least that holds it and what keeping everything takes. No time is reported for a
 plan that exceeds its budget or that adds another time than it says.
 
@@ -13,21 +11,15 @@ and ``subset`` (time saved is bytes kept, with and without a constant, drawn fro
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
-import platform
 import random
-import resource
 import statistics
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import prfl_fast
+from prfl_fast.benchmarks.registry import Row, Setting
 from prfl_fast.memory import InfeasibleBudget, Mode, solve_chain
 from prfl_fast.memory.solver import chain as door
 
@@ -45,11 +37,14 @@ EASY = {
 HOST = {"wan-host": [(40, 16), (60, 8)], "wan-varied-host": [(40, 16), (60, 8)]}
 HARD = {"strong": [(40, 50), (60, 8)], "subset": [(40, 50), (60, 8)]}
 SIZES = EASY | HOST | HARD
+TINY = {"wan": [(40, 50)]}
+CHAINS = 5  # per family and size, each with six budgets
 SECONDS = {(40, 50): 1.0, (60, 8): 0.25}  # to stay below, in families that are not hard
 HARD_SECONDS, HARD_MEGABYTES = 1.0, 100
 
 
 def draw_block(rng: random.Random, family: str, modes: int) -> list[Mode]:
+    """Modes of one block."""
     scale = 10**9
     block = []
     for m in range(modes):
@@ -76,12 +71,14 @@ def draw_block(rng: random.Random, family: str, modes: int) -> list[Mode]:
 
 
 def draw_chain(rng: random.Random, family: str, blocks: int, modes: int) -> Blocks:
+    """All blocks."""
     if family in ("wan", "wan-host"):
         return [draw_block(rng, family, modes)] * blocks
     return [draw_block(rng, family, modes) for _ in range(blocks)]
 
 
 def stall(mode: Mode, compute_ns: int) -> int:
+    """Nanoseconds that the copy of what a block offloads takes longer than ``compute_ns``."""
     return max(0, -(-mode.offloaded * 10**9 // LINK) - compute_ns)
 
 
@@ -136,18 +133,22 @@ def uniform(blocks: Blocks, budget: int, host: int) -> int | None:
     return min(fitting, default=None)
 
 
-def resident() -> float:
-    """Megabytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def megabytes(field: str) -> float:
+    """``VmRSS``, what this process holds now, or ``VmHWM``, the most that it held. (``getrusage`` would count what the
+    parent held before the child was its own.)"""
+    for told in Path("/proc/self/status").read_text().splitlines():
+        if told.startswith(field):
+            return int(told.split()[1]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dict[str, Any]:
     """One row: all chains of a family and size, each with one budget per fraction."""
     told: dict[str, Any] = {"family": family, "blocks": size[0], "modes": size[1], "solves": 0, "optimal": 0}
-    seconds, gaps, over_greedy, over_uniform = [], [], [], []
+    seconds, walls, gaps, over_greedy, over_uniform = [], [], [], [], []
     no_greedy = no_uniform = 0
     door._native()
-    before = resident()
+    before = megabytes("VmRSS")
     for seed in range(chains):
         blocks = draw_chain(random.Random(f"{family} {size} {seed}"), family, *size)
         host = sum(max(mode.offloaded for mode in block) for block in blocks) * 15 // 100
@@ -161,9 +162,10 @@ def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dic
         most = judge(blocks, fastest)[0]
         for fraction in FRACTIONS:
             budget = least + max(0, int((most - least) * fraction))
-            start = time.process_time()
+            start, wall = time.process_time(), time.perf_counter()
             plan = solve_chain(blocks, budget, **options)
             seconds.append(time.process_time() - start)
+            walls.append(time.perf_counter() - wall)
             if judge(blocks, plan.choice) != (plan.peak_bytes, plan.extra_ns, plan.offloaded_bytes):
                 return told | {"wrong": f"seed {seed}, budget {budget}: the plan is not what it says"}
             if plan.peak_bytes > budget or plan.offloaded_bytes > host:
@@ -179,9 +181,11 @@ def measure(family: str, size: tuple[int, int], chains: int, peers: bool) -> dic
                     other = uniform(blocks, budget, host)
                     over_uniform += [] if other is None else [other / plan.extra_ns]
                     no_uniform += other is None
+    # Processor time: what one core needs. Beside it the wall clock, longer where other programs share the machine.
     told["seconds_median"], told["seconds_max"] = statistics.median(seconds), max(seconds)
+    told["wall_seconds_median"], told["wall_seconds_max"] = statistics.median(walls), max(walls)
     # The high-water mark of a process of its own, above what it held before the first solve.
-    told["megabytes"] = max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before)
+    told["megabytes"] = max(0.0, megabytes("VmHWM") - before)
     told["gap_median"], told["gap_max"] = statistics.median(gaps), max(gaps)
     if peers:
         told["greedy"] = ratios(over_greedy, no_greedy)
@@ -199,47 +203,19 @@ def ratios(values: list[float], none: int) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "without_plan": none}
 
 
-def environment() -> dict[str, Any]:
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    return {
-        "prfl_fast": prfl_fast.__version__,
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "device": processor(),
-        "threads": 1,
-        "engine": "python" if door._native() is None else "native",
-    }
+def details(setting: Setting) -> dict[str, Any]:
+    """What stands above the rows."""
+    return {"engine": "python" if door._native() is None else "native", "chains": 1 if setting.tiny else CHAINS}
 
 
-def processor() -> str:
-    """The CPU's model name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=[*SIZES], default=[*SIZES])
-    parser.add_argument("--chains", type=int, default=5, help="per family and size, each with six budgets")
-    parser.add_argument(
-        "--no-peers", action="store_true", help="leave greedy and uniform out: they take most of the time"
-    )
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    work = [
-        (family, size, options.chains, not options.no_peers) for family in options.families for size in SIZES[family]
-    ]
+def rows(setting: Setting) -> Iterator[Row]:
+    """One row per family and size."""
+    sizes = TINY if setting.tiny else SIZES
+    work = [(family, size, 1 if setting.tiny else CHAINS, True) for family in sizes for size in sizes[family]]
     # A process per row, so that each has its own high-water mark of memory.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = pool.starmap(measure, work, chunksize=1)
-    report = json.dumps({"benchmark": "solve_chain", "environment": environment(), "rows": rows}, indent=2)
-    print(report)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(report + "\n")
+        yield from pool.imap(_measure, work)
 
 
-if __name__ == "__main__":
-    main()
+def _measure(work: tuple[str, tuple[int, int], int, bool]) -> Row:
+    return measure(*work)
