@@ -92,7 +92,7 @@ def attention_dkdv_kernel(
     sum_v = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     first = split * per_split
     stop = tl.minimum(first + per_split, queries)
-    whole = tl.maximum(first, stop // BLOCK_M * BLOCK_M)
+    whole = stop // BLOCK_M * BLOCK_M  # at least first, a multiple too
     sum_k, sum_v = _over_queries(
         sum_k, sum_v, key, value, q, d_out, lse, delta, q_strides[1], d_strides[1], first, whole, queries, factor,
         D, COLUMNS, BLOCK_M, False,
@@ -118,10 +118,11 @@ def _over_keys(
         key = read_tile(k + wide(start) * k_stride, k_stride, left, BLOCK_N, D, COLUMNS, TAIL)
         value = read_tile(v + wide(start) * v_stride, v_stride, left, BLOCK_N, D, COLUMNS, TAIL)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        weights = tl.exp2(scores * factor - top[:, None])
+        power = scores * factor - top[:, None]
         if TAIL:
             # The score of a key that is not there is 0, and its weight may be infinite.
-            weights = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], weights, 0.0)
+            power = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], power, float("-inf"))
+        weights = tl.exp2(power)
         d_weights = tl.dot(d, tl.trans(value), input_precision="ieee")
         d_scores = weights * (d_weights - level[:, None])
         dq = tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")

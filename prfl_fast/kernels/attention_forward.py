@@ -30,9 +30,11 @@ def _over_keys(
         else:
             top = tl.max(scores, axis=1)
         above = tl.maximum(high, top * factor)
-        weights = tl.exp2(scores * factor - above[:, None])
+        power = scores * factor - above[:, None]
         if TAIL:
-            weights = tl.where(there, weights, 0.0)
+            # Before the exponential: the score of a key that is not there is 0, which may be far above the others.
+            power = tl.where(there, power, float("-inf"))
+        weights = tl.exp2(power)
         shrink = tl.exp2(high - above)
         total = total * shrink + tl.sum(weights, axis=1)
         value = read_tile(v + wide(start) * v_stride, v_stride, left, BLOCK_N, D, COLUMNS, TAIL)

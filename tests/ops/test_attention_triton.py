@@ -92,6 +92,19 @@ def run(inputs: list[Tensor], scale: float, splits: int | None = None) -> list[T
     return [out, lse, *kernels().backward(d_out, q, k, v, out, lse, scale, d_lse, splits=splits)]
 
 
+def sizes(inputs: list[Tensor], scale: float) -> list[Tensor]:
+    """What the results would be, were every term of every sum positive: rounding errors are shares of it."""
+    q, k, v, d_out = (tensor.double().transpose(1, 2) for tensor in inputs[:4])
+    scores = q @ k.mT * scale
+    weights = scores.softmax(-1)
+    out = weights @ v.abs()
+    level = (d_out.abs() * out).sum(-1, keepdim=True) + inputs[4].abs().unsqueeze(-1)
+    d_scores = weights * (d_out.abs() @ v.abs().mT + level) * scale
+    d_keys = d_scores.mT @ q.abs(), weights.mT @ d_out.abs()
+    tokens = [tensor.transpose(1, 2) for tensor in (out, d_scores @ k.abs(), *d_keys)]
+    return [tokens[0], scores.logsumexp(-1).abs() + 1, *tokens[1:]]
+
+
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -154,6 +167,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: list[int] | N
     """The public op on these kernels."""
     with backend("triton"):
         return attention(q, k, v, scale=scale, kv_lengths=lengths, return_lse=True)
+
+
+@interpreted
+# Rows of dk and dv that nobody stores may be infinite.
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_scores_far_below_zero() -> None:
+    # Where a key that is not there has a score of 0, it must not outweigh those that are.
+    q, k, v, d_out, d_lse = problem((1, 33, 33, 1, 64), torch.float32)
+    inputs = [q.abs() * 6, -k.abs() * 6, v, d_out, d_lse]
+    exact = by_autograd(inputs, 0.125, torch.float64)
+    assert exact[1].max() < -128 * math.log(2)
+    # An exponent has the errors of 64 products and of six roundings of its own (scale, base, log-sum-exp there and
+    # back), half an eps of its size each; a weight has them twice, its own and its sum's.
+    largest = float(torch.einsum("bqhd,bkhd->bhqk", inputs[0], inputs[1]).abs().max() * 0.125)
+    share = 2 * (64 + 6) * FLOAT32 / 2 * largest
+    for name, ours, right, size in zip(NAMES, run(inputs, 0.125), exact, sizes(inputs, 0.125), strict=True):
+        assert ((ours - right).abs() <= share * size).all(), name
 
 
 @interpreted
@@ -255,15 +285,10 @@ def test_number_of_splits() -> None:
     }
     # Two orders of one float32 sum: each is off by at most (terms - 1) half an eps of the sum of its sizes. A query's
     # own term has the same bits in each, up to the order of its tile's products, one more sum of 64.
-    q, k, v, d_out, out = (tensor.double().transpose(1, 2) for tensor in (q, k, v, d_out, out))
-    weights = torch.exp(q @ k.mT * 0.125 - lse.double().unsqueeze(-1))
-    delta = (d_out * out).sum(-1, keepdim=True) - d_lse.unsqueeze(-1)
-    d_scores = weights * (d_out @ v.mT - delta) * 0.125
-    sizes = (d_scores.abs().mT @ q.abs(), weights.abs().mT @ d_out.abs())
     for splits, (dq, dk, dv) in made.items():
         assert torch.equal(dq, made[1][0])
-        for ours, base, size in zip((dk, dv), made[1][1:], sizes, strict=True):
-            bound = (257 + 64) * FLOAT32 * size.transpose(1, 2)
+        for ours, base, size in zip((dk, dv), made[1][1:], sizes(inputs, 0.125)[3:], strict=True):
+            bound = (257 + 64) * FLOAT32 * size
             assert ((ours - base).abs() <= bound).all(), splits
     assert not torch.equal(made[3][1], made[1][1])  # it was split
 
