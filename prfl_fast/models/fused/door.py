@@ -59,7 +59,7 @@ def fuse(transformer: Model, *, only: Collection[str] | None = None) -> Model:
     refuse_unusable(inner)
     found = {name: (block, family) for name, block in inner.named_modules() if (family := _family(block)) is not None}
     chosen = found if only is None else _chosen(found, only, type(inner).__name__)
-    fresh = {name: pair for name, pair in chosen.items() if not is_fused(pair[0])}
+    fresh = {name: pair for name, pair in chosen.items() if not (is_fused(pair[0]) or _is_wrapped(pair[0]))}
     for name, (block, _) in fresh.items():
         _refuse_hooks(name, block)
     if not found:
@@ -90,7 +90,7 @@ def unfuse(transformer: Model) -> Model:
     inner = _module(transformer)
     blocks = [(name, block) for name, block in inner.named_modules() if _family(block) is not None]
     for name, block in blocks:
-        if "forward" in vars(block) and not is_fused(block) and _wraps_fused(vars(block)["forward"]):
+        if _is_wrapped(block):
             raise ValueError(
                 f"unfuse: {name!r} was fused, and its forward has been wrapped since (group offload, context "
                 "parallelism, a cache or another hook): remove that first"
@@ -109,13 +109,15 @@ def is_fused(block: nn.Module) -> bool:
     return forward.func in (family.forward, family.last) and forward.args[0] is block
 
 
-def _wraps_fused(forward: Any) -> bool:
+def _is_wrapped(block: nn.Module) -> bool:
+    """True where something (diffusers' hooks, accelerate) wraps the block's fused forward, which still runs."""
     ours = {forward for family in FAMILIES.values() for forward in (family.forward, family.last)}
-    while forward is not None:
-        if isinstance(forward, functools.partial) and forward.func in ours:
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
+    attributes = vars(block)
+    references = getattr(attributes.get("_diffusers_hook"), "_fn_refs", ())
+    wrapped = [attributes.get("forward"), attributes.get("_old_forward")]
+    wrapped += [f for ref in references for f in (ref.forward, ref.original_forward)]
+    found = {getattr(forward, "func", None) for forward in wrapped if forward is not None}
+    return not is_fused(block) and bool((found & ours) - {None})
 
 
 def _module(transformer: Any) -> nn.Module:
@@ -155,8 +157,6 @@ def _refuse_hooks(name: str, block: nn.Module) -> None:
                 "enable_group_offload(offload_type='block_level')"
             )
     if "forward" in vars(block):
-        if _wraps_fused(vars(block)["forward"]):
-            return  # fused, and wrapped since: it runs
         raise ValueError(
             f"transformer: the forward of {name!r} has been replaced already (group offload, context parallelism, a "
             "cache, accelerate or another hook), and the fused one would never be called: fuse first, then enable that"

@@ -127,10 +127,10 @@ def last_single_block(
     q, k = norm_rope(attn, heads(attn, q), heads(attn, k), _angles(image_rotary_emb), across_heads=False)
     text_q, text_k = norm_rope(attn, heads(attn, text_q), heads(attn, text_k), across_heads=False)
     keys, values = torch.cat([k, text_k], dim=1), torch.cat([heads(attn, v), heads(attn, text_v)], dim=1)
-    approximate, layers = block.act_mlp.approximate, (block.proj_out,)
+    approximate, out = block.act_mlp.approximate, (block.proj_out,)
     value = beside_gelu(_attention(attn, q, keys, values, attention_mask), pre, approximate)
     text_value = beside_gelu(_attention(attn, text_q, keys, values, attention_mask), text_pre, approximate)
-    return gated_linear(x, value, layers, gate, runs), gated_linear(text, text_value, layers, text_gate)
+    return gated_linear(x, value, out, gate, runs), gated_linear(text, text_value, out, text_gate)
 
 
 def _modulation(
