@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fusecases import SHORT, distance, make_case, no_islands
+from tinyfamilies import make
 from torch import Tensor, nn
 
 import prfl_fast
@@ -283,3 +284,54 @@ def test_torch_compile_takes_a_fused_block_whole() -> None:
     for block in case.net.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     assert distance(case.results(), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_layerwise_casting_calls_the_linears(name: str) -> None:
+    case = make_case(name, torch.float32)
+    case.net.requires_grad_(False)  # weights at rest in another dtype have no gradients to compare
+    case.net.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    expected = case.results()
+    prfl_fast.fuse(case.net)
+    # Some 60 roundings each way in each of 2 blocks.
+    assert distance(case.results(), expected) < 2 * 2 * 60 * 16 * 2**-24
+
+
+def test_a_sequence_that_diffusers_splits_is_left_to_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_dispatch
+
+    case = make_case("wan")
+    with no_islands():
+        expected = case.results()
+    given: list[Any] = []
+    usual = attention_dispatch.dispatch_attention_fn
+
+    def dispatch(*args: Any, parallel_config: Any = None, **kwargs: Any) -> Tensor:
+        given.append(parallel_config)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", dispatch)
+    config = object()
+    for processor in case.net.attn_processors.values():
+        processor._parallel_config = config
+    prfl_fast.fuse(case.net)
+    with no_islands():
+        assert distance(case.results(), expected) < 1e-10
+    # Self-attention only: every device has the whole text.
+    assert given == [config, config]
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("name", ["wan", "cogvideox-rotary"])
+def test_a_reward_reads_a_fused_trunk(name: str, copy: bool) -> None:
+    twin = make(name)
+    reward = prfl_fast.LatentRewardModel.from_transformer(twin.net, num_blocks=1, num_heads=2, copy=copy)
+    expected = reward(twin.latents, torch.tensor(300.0), **twin.conditioning).detach()
+    if copy:
+        prfl_fast.fuse(reward.trunk.body)
+    else:
+        prfl_fast.fuse(twin.net)
+    found = reward(twin.latents, torch.tensor(300.0), **twin.conditioning).detach()
+    assert all(is_fused(block) for _, block in reward.trunk.blocks())
+    # One block's roundings.
+    assert torch.allclose(found, expected, rtol=0, atol=60 * 16 * 2**-24 * float(expected.abs().max() + 1))

@@ -15,7 +15,7 @@ _GELU = "diffusers.models.activations.GELU"
 
 
 def feed_forward(
-    ff: Any, residual: Tensor, normed: Value, gate: Tensor, segments: Sequence[int] | None = None
+    ff: Any, residual: Tensor, normed: Value, gate: Tensor | None, segments: Sequence[int] | None = None
 ) -> Tensor:
     """``residual + gate ff(normed)`` for a diffusers ``FeedForward``; one without a GELU, or hooked, is called."""
     act, dropout, *rest = ff.net
