@@ -285,7 +285,9 @@ def test_compiled_whole(dynamic: bool) -> None:
 
 def test_fake_tensors_run_no_kernel() -> None:
     refuse = mock.patch.object(CpuFlash, "forward", side_effect=AssertionError("a kernel ran"))
-    with FakeTensorMode(), refuse:
+    # Nothing is chosen either, and so nothing measured: fake tensors may pass for those of a GPU.
+    unchosen = mock.patch.object(choice, "choose", side_effect=AssertionError("chosen"))
+    with FakeTensorMode(), refuse, unchosen:
         q, k = torch.empty(2, 70000, 3, 64, requires_grad=True), torch.empty(2, 512, 3, 64)
         out, lse = attend(q, k, k, kv_lengths=[3, 512])
         out.sum().backward()
