@@ -29,8 +29,8 @@ _PIECES_BLOCK = 1024
 _TILES_BLOCK = 256
 # Rows (heads times queries) of a program; more are a second group, which reads the tokens again.
 _MOST_ROWS = 64
-# Programs per multiprocessor of a weighted sum: as many as fit at a time on sm_90 by shared memory.
-_PROGRAMS = 4
+# Programs per multiprocessor of a weighted sum: fewer parts to write than with more, and 96 KiB of tokens on their way.
+_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
