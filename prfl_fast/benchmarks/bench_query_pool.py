@@ -86,7 +86,7 @@ def contest(name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: 
         expected,
         [float(torch.linalg.vector_norm(t)) for t in expected],
         bytes_moved(shape, dtype.itemsize),
-        (*ours(("reference",), forward, device, roundings), peer(True), peer(False)),
+        (*ours(("triton", "reference"), forward, device, roundings), peer(True), peer(False)),
     )
 
 

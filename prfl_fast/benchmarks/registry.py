@@ -70,6 +70,10 @@ class Benchmark:
 
 _ALL = (
     Benchmark("solver_step", "one solver step with guidance, and its transpose", ("cpu", "cuda")),
+    Benchmark("modulated_norm", "LayerNorm and AdaLN modulation, and their gradients", ("cpu", "cuda")),
+    Benchmark("gated_residual_norm", "gated residual, then a modulated norm, and their gradients", ("cpu", "cuda")),
+    Benchmark("qk_norm_rope", "norm of queries and keys and rotary embedding, and their gradients", ("cpu", "cuda")),
+    Benchmark("attention", "attention by every kernel that is there, and its gradients", ("cpu", "cuda")),
     Benchmark("query_pool", "attention pooling of the reward, and its gradients", ("cpu", "cuda")),
     Benchmark(
         "chain_memory",
