@@ -9,18 +9,20 @@ Rows named "lora" train rank-32 adapters alone, as peft lays them out.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from record import about, parser
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import prfl_fast
+from prfl_fast.benchmarks import record
 
 Case = tuple[nn.Module, tuple[Any, ...], int]
 
@@ -152,12 +154,15 @@ def table() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    arguments = parser((__doc__ or "").splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write the JSON to this file, too")
+    arguments = parser.parse_args()
     rows = table()
     for name, row in rows.items():
         print(f"{name:45} {row['eager']:6.2f} {row['fused']:6.2f} {100 * row['share']:5.1f} %")
     if arguments.output is not None:
-        content = {"about": about(), "unit": "bytes of the token stream in bfloat16", "rows": rows}
+        about = record.about(torch.device("cpu"))
+        content = {"about": about, "unit": "bytes of the token stream in bfloat16", "rows": rows}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
