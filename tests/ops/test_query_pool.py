@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import poolranks
 import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prfl_fast.ops import query_pool
+from prfl_fast.ops import backends, query_pool
 from prfl_fast.ops.query_pool import fold_query, merge_pools, partial_pool, registration
 
 MODULE = sys.modules["prfl_fast.ops.query_pool.reference"]
@@ -341,3 +343,64 @@ def test_wrong_arguments(case: str) -> None:
     arguments = dict(zip(NAMES, problem((2, 5, 12, 3, 2), torch.float32), strict=True)) | {"num_heads": 3}
     with pytest.raises(error, match=message):
         query_pool(**(arguments | change))
+
+
+def test_opcheck() -> None:
+    x, folded = torch.randn(2, 5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    for lengths in (None, [5, 2]):
+        torch.library.opcheck(torch.ops.prfl_fast.query_pool_partial.default, (x, folded, lengths, "reference"))
+    with torch.no_grad():
+        kept = torch.ops.prfl_fast.query_pool_partial(x, folded, None, "reference")
+    given = (x.detach(), folded.detach(), *kept, torch.randn(2, 3, 4))
+    for needed in ([True, True], [False, True], [True, False]):
+        for d_lse in (None, torch.randn(2, 3)):
+            arguments = (*given, d_lse, None, needed, "reference")
+            torch.library.opcheck(torch.ops.prfl_fast.query_pool_backward.default, arguments)
+
+
+def test_compiled_whole() -> None:
+    tensors = [tensor.requires_grad_() for tensor in problem((2, 9, 12, 3, 2), torch.float32)]
+
+    def pool(*leaves: Tensor) -> Tensor:
+        return query_pool(*leaves, 3, lengths=[9, 4])
+
+    expected = pool(*tensors)
+    wanted = torch.autograd.grad(expected.square().sum(), tensors)
+    counter = CompileCounter()
+    for backend in (counter, "aot_eager"):
+        actual = torch.compile(pool, fullgraph=True, backend=backend)(*tensors)
+        assert torch.equal(actual, expected)
+        for gradient, right in zip(torch.autograd.grad(actual.square().sum(), tensors), wanted, strict=True):
+            # The compiler may add the gradients of one tensor's parts in another order.
+            assert torch.allclose(gradient, right, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("folded",)])
+def test_no_dead_gradient_is_computed(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = MODULE.backward
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(list(arguments[-1]))
+        return original(*arguments)
+
+    monkeypatch.setattr(MODULE, "backward", noted)
+    x = torch.randn(2, 5, 4, requires_grad="x" in wanted)
+    folded = torch.randn(3, 4, requires_grad="folded" in wanted)
+    sums, lse = partial_pool(x, folded)
+    leaf = x if "x" in wanted else folded
+    (alone,) = torch.autograd.grad([sums, lse], leaf, [torch.ones_like(sums), torch.ones_like(lse)])
+    assert asked == [["x" in wanted, "folded" in wanted]]
+    both = [t.detach().requires_grad_() for t in (x, folded)]
+    sums, lse = partial_pool(*both)
+    expected = torch.autograd.grad([sums, lse], both, [torch.ones_like(sums), torch.ones_like(lse)])
+    assert torch.equal(alone, expected["x" not in wanted])
+
+
+def test_triton_is_refused_on_the_cpu() -> None:
+    if backends.triton_interprets():
+        pytest.skip("Triton runs here")
+    tensors = problem((2, 5, 12, 3, 2), torch.float32)
+    with backends.backend("triton"), pytest.raises(RuntimeError, match="backend: 'triton'"):
+        query_pool(*tensors, 3)
