@@ -9,7 +9,7 @@ import pytest
 
 # Shared memory that a program may have, in bytes (CUDA programming guide, table of compute capabilities).
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-NAMES = ("Wan 1.3B 12x128 cross forward", "Wan 1.3B 12x128 cross backward")
+NAMES = tuple(f"attention: Wan 1.3B 12x128 cross {way}" for way in ("forward", "backward"))
 KERNELS = {
     "attention_forward_kernel", "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel",
     "attention_add_kernel",
