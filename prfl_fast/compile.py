@@ -33,7 +33,7 @@ def compile_kernels(
         architectures: among ``sm_80``, ``sm_90``, ``sm_100``.
         ops: public ops, None: all.
         report: a JSON file to write; after an interrupt it holds what was done until then.
-        names: launches by name, None: all.
+        names: launches as ``"op: name"``, None: all.
         progress: show a bar.
 
     Returns:
@@ -106,19 +106,22 @@ def _jobs(
         known = sorted({launch.op for launch in launches})
         if unknown := [op for op in ops or () if op not in known]:
             raise ValueError(f"op: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-        if names is not None and (missing := names - {launch.name for launch in launches}):
+        if names is not None and (missing := names - {_label(launch) for launch in launches}):
             raise ValueError(f"names: no launch is called {', '.join(sorted(missing))}")
         for launch in launches:
-            if (ops and launch.op not in ops) or (names is not None and launch.name not in names):
+            if (ops and launch.op not in ops) or (names is not None and _label(launch) not in names):
                 continue
             for kernel, args, kwargs in ahead_of_time.recorded(launch):
                 source, target, options = ahead_of_time.prepare(kernel, args, kwargs, ARCHITECTURES[arch])
                 key = (arch, source.name, source.hash(), repr(sorted(options.items(), key=str)))
                 _, said, _ = jobs.setdefault(key, (arch, [], (source, target, options)))
-                label = f"{launch.op}: {launch.name}"
-                if label not in said:
-                    said.append(label)
+                if _label(launch) not in said:
+                    said.append(_label(launch))
     return list(jobs.values())
+
+
+def _label(launch: Any) -> str:
+    return f"{launch.op}: {launch.name}"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

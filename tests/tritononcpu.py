@@ -125,9 +125,12 @@ def watched() -> Iterator[Watch]:
         try:
             return run(self, *args, **kwargs)
         except interpreter.InterpreterError as error:
-            # The interpreter keeps the text of what was raised and not the error.
-            if isinstance(error.__cause__, AssertionError):
-                raise error.__cause__ from None
+            # Wrapped once for each function of a kernel that was being run.
+            cause: BaseException | None = error
+            while isinstance(cause, interpreter.InterpreterError):
+                cause = cause.__cause__
+            if isinstance(cause, AssertionError):
+                raise cause from None
             raise
         finally:
             live.clear()

@@ -245,11 +245,11 @@ def production(architecture: int) -> Iterator[Launch]:
         coefficients = [0.3 + index for index in range(rows * (rows + 1))]
         yield Launch(
             "solver_step", f"{name} forward",
-            partial(step, (state,) * rows + (output,), output, None, coefficients, rows, 5.0, state_number,
-                    output_number),
+            partial(step, (state,) * rows + (output,), output, None, coefficients, rows, 5.0, output_number,
+                    state_number, output_number),
         )  # fmt: skip
         yield Launch(
             "solver_step", f"{name} backward",
             partial(transpose, (state,) * rows, output, None, coefficients, [state_number] * rows + [output_number],
-                    rows, 5.0, output_number),
+                    rows, 5.0, output_number, output_number),
         )  # fmt: skip
