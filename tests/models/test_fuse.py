@@ -259,6 +259,17 @@ def test_offload_before_and_after() -> None:
         prfl_fast.unfuse(case.net)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "ltx"])
+def test_inference_mode_gives_the_same_prediction(name: str) -> None:
+    case = make_case(name)
+    prfl_fast.fuse(case.net)
+    expected = case.run()
+    with torch.inference_mode():
+        assert torch.equal(case.run(), expected)
+    with torch.no_grad():
+        assert torch.equal(case.run(), expected)
+
+
 def test_a_replaced_norm_is_an_error() -> None:
     case = make_case("wan")
     prfl_fast.fuse(case.net)

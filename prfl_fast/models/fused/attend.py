@@ -136,7 +136,7 @@ def remember(key: Tensor, name: str, make: Callable[[], Any]) -> Any:
     if torch.compiler.is_compiling():
         return make()
     known = _remembered.setdefault(key, {})
-    version = key._version
+    version = -1 if key.is_inference() else key._version
     if name not in known or known[name][0] != version:
         known[name] = (version, make())
     return known[name][1]
