@@ -144,7 +144,7 @@ def pool_backward_kernel(
     BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_COUNTS: tl.constexpr,
     NEED_X: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens: ds, and with ``NEED_X`` (one group of rows) d_x = p^T g + ds^T w, zero at padding.
+    """A tile of tokens: ds, and with ``NEED_X`` (few rows) d_x = p^T g + ds^T w, zero at padding.
 
     ``pieces``: of g, ``[PIECES, B, R, C]``; ``shift``: dlse - g . sums, ``[B, R]``. ``shares`` takes ``SHARES`` times R
     rows of all tokens, zero at padding: ds, or p and then ds.
@@ -252,7 +252,7 @@ def pool_d_tokens_kernel(
     C: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of d_x = p^T g + ds^T w, zero at padding, of p and ds from memory: where rows are of several groups."""
+    """A tile of d_x = p^T g + ds^T w, zero at padding, of p and ds from memory: where rows are many."""
     chunks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     column = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(0) // chunks * BLOCK_L

@@ -53,8 +53,9 @@ class PoolLaunch:
         pieces: bfloat16 numbers that stand for a float32 one; 1 where products are not of bfloat16.
         products: tile of x times w (and times g).
         sums: tile of the weighted sums.
-        gradient: tile of the gradient of x; where there is one group, its columns alone.
-        depth: rows of p and ds that are multiplied at a time where there are several groups.
+        fused: the gradient of x is made where ds is; else p and ds go through memory.
+        gradient: tile of the gradient of x; its columns alone where it is fused.
+        depth: rows of p and ds that are multiplied at a time where it is not.
     """
 
     rows: int
@@ -62,31 +63,43 @@ class PoolLaunch:
     pieces: int
     products: Tile
     sums: Tile
+    fused: bool
     gradient: Tile
     depth: int
 
 
 def launch_for(channels: int, rows: int, dtype: torch.dtype) -> PoolLaunch:
-    """Whole tiles of columns where there are any; accumulators of at most 64 registers a thread."""
+    """Whole tiles of columns where there are any, and no more registers or shared memory than every architecture has.
+
+    The reward's one query of 8 heads is what the tiles are made for; more rows take smaller ones.
+    """
     pieces = 2 if dtype == torch.bfloat16 else 1
     per_program = min(max(triton.next_power_of_2(rows), 16 // pieces), _MOST_ROWS)
     height = pieces * per_program
-    depth = min(max(triton.next_power_of_2(2 * rows), 16), 64)
 
-    def columns(most: int) -> int:
-        whole = [size for size in (256, 128, 64, 32) if size <= most and channels % size == 0]
-        return whole[0] if whole else min(most, max(16, triton.next_power_of_2(channels)))
+    def tile(tokens: int, columns: int, num_warps: int, num_stages: int) -> Tile:
+        whole = [size for size in (256, 128, 64, 32) if size <= columns and channels % size == 0]
+        least = min(columns, max(16, triton.next_power_of_2(channels)))
+        return Tile(tokens, whole[0] if whole else least, num_warps, num_stages)
 
+    if pieces == 2:
+        products = tile(64, 128, 4, 4) if height <= 32 else tile(64, 64, 8, 3)
+        sums = tile(32, {16: 256, 128: 64}.get(height, 128), 8 if height == 64 else 4, 4)
+        gradient = tile(64, 128 if height == 16 else 64, 4, 1)
+    else:
+        products = tile(64, 32, 4 if height <= 32 else 8, 3)
+        sums = tile(32, 64, 4 if height <= 32 else 8, 3)
+        gradient = tile(64, 64, 4, 1) if dtype == torch.float16 else tile(32, 32, 4, 1)
     return PoolLaunch(
-        per_program,
-        triton.cdiv(rows, per_program),
-        pieces,
-        Tile(64, columns(128 if height <= 32 else 64), 4, 4 if height <= 32 else 3)
-        if pieces == 2
-        else Tile(64, columns(32), 4, 3),
-        Tile(32, columns(min(256, 8192 // height)), 4, 4) if pieces == 2 else Tile(32, columns(64), 4, 3),
-        Tile(64, columns(128), 4, 1) if pieces == 2 else Tile(64, columns(64), 4, 1),
-        depth,
+        rows=per_program,
+        groups=triton.cdiv(rows, per_program),
+        pieces=pieces,
+        products=products,
+        sums=sums,
+        # Products in float32 run from registers, which two of them in one program would spill.
+        fused=per_program <= 16 and dtype != torch.float32,
+        gradient=gradient,
+        depth=min(max(triton.next_power_of_2(2 * rows), 16), 32 if dtype != torch.float32 else 16),
     )
 
 
@@ -154,7 +167,7 @@ def backward(
     shift = -(d_sums * sums).sum(-1)
     if d_lse is not None:
         shift = shift + d_lse
-    apart = needed[0] and launch.groups > 1
+    apart = needed[0] and not launch.fused
     shared = 2 if apart else 1 if needed[1] else 0
     shares = folded.new_empty(batch, shared * rows, length)
     counted = counts is not None

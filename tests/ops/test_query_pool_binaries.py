@@ -11,7 +11,9 @@ import torch
 
 # Shared memory that a program may have, in bytes (CUDA programming guide, table of compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OVER_TOKENS = {"pool_scores_kernel", "pool_sums_kernel", "pool_backward_kernel"}
+OVER_TOKENS = {"pool_scores_kernel", "pool_sums_kernel", "pool_backward_kernel", "pool_d_tokens_kernel"}
+# Writes the gradient of the tokens too.
+FUSED = ("pool_backward_kernel", 8)
 # Channels, heads times queries, dtype: the widest trunk as published; a width of partial tiles with most rows a group.
 PROBLEMS = [(5120, 8, torch.bfloat16), (1920, 40, torch.bfloat16)]
 
@@ -50,15 +52,16 @@ def test_no_spills_tensor_cores_wide_access(channels: int, rows: int, dtype: tor
 
     with ahead_of_time.private_cache():
         kernels = compiled(channels, rows, dtype, architecture)
-    assert [kernel.kernel for kernel in kernels] == [
-        "pool_scores_kernel", "pool_sums_kernel", "pool_backward_kernel", "pool_sums_kernel"
-    ]  # fmt: skip
+    backward = ["pool_backward_kernel"] if rows <= 16 else ["pool_backward_kernel", "pool_d_tokens_kernel"]
+    names = [kernel.kernel for kernel in kernels]
+    assert names == ["pool_scores_kernel", "pool_sums_kernel", *backward, "pool_sums_kernel"]
     for kernel in kernels:
         assert kernel.stack == 0, kernel
         assert kernel.shared <= SHARED[architecture], kernel
         assert kernel.tensor_core > 0, kernel
-        assert kernel.copies, kernel  # tokens are copied ahead
-        if kernel.kernel != "pool_scores_kernel":
+        if kernel.kernel != "pool_d_tokens_kernel":  # which reads none
+            assert kernel.copies, kernel  # tokens are copied ahead
+        if kernel.kernel in ("pool_sums_kernel", "pool_d_tokens_kernel") or (kernel.kernel, rows) == FUSED:
             assert kernel.stores.get("128", 0) > 0, kernel
 
 

@@ -147,8 +147,8 @@ def check(case: Case) -> Watch:
 def test_values(name: str, dtype: torch.dtype) -> None:
     watch = check(replace(CASES[name], dtype=dtype))
     assert {"pool_scores_kernel", "pool_lse_kernel", "pool_sums_kernel", "pool_backward_kernel"} <= set(watch.launches)
-    # Rows of several groups go through memory on their way to the gradient of the tokens.
-    assert ("pool_d_tokens_kernel" in watch.launches) == (name == "many rows")
+    # p and ds of many rows, and of float32, go through memory on their way to the gradient of the tokens.
+    assert ("pool_d_tokens_kernel" in watch.launches) == (CASES[name].rows > 16 or dtype == F32)
 
 
 @pytest.mark.parametrize("dtype", [F32, HALF, BF16])
