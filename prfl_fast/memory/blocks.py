@@ -37,7 +37,7 @@ def _pinned(scalings: Scalings) -> Iterator[None]:
             scaling.update(values)
 
 
-def _recomputed(
+def checkpointed(
     block: nn.Module, forward: Callable[..., Any], memory: CallMemory, watch: Watch | None
 ) -> Callable[..., Any]:
     """``forward`` as a non-reentrant checkpoint that gives the same values whenever it runs again."""
@@ -100,7 +100,7 @@ def recompute_blocks(
             # A block compiled in place is called through its compiled call, and stays compiled.
             compiled = vars(block).get("_compiled_call_impl")
             name, forward = ("forward", block.forward) if compiled is None else ("_compiled_call_impl", compiled)
-            put(block, name, _recomputed(block, forward, memory, watch))
+            put(block, name, checkpointed(block, forward, memory, watch))
         yield
     finally:
         for attributes, name, present, value in reversed(saved):

@@ -12,7 +12,9 @@ operation: every union is closed under the operations' dependencies.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -26,23 +28,6 @@ ALL, NOTHING = "all", "nothing"
 # or not; feed_forward: the pre-activation; output: every other product, out of attention and feed-forward; norms: the
 # normed tensors with their statistics.
 LABELS = ("attention", "qk", "qkv", "feed_forward", "output", "norms")
-
-# What the planner chooses from; those that add no operation to another one are dropped per block.
-CANDIDATES = (
-    ALL,
-    "attention+qk+qkv+feed_forward+output+norms",
-    "attention+qk+qkv+feed_forward+output",
-    "attention+qkv+feed_forward",
-    "attention+feed_forward+output",
-    "attention+qk+qkv",
-    "attention+feed_forward",
-    "attention+output",
-    "attention+qk",
-    "attention",
-    "feed_forward",
-    "qkv",
-    NOTHING,
-)
 
 _BY_NAME = {
     "prfl_fast::attention": "attention",
@@ -61,6 +46,12 @@ _QKV = re.compile(r"(^|\.)(to_(q|k|v|qkv|kv|added_qkv|added_kv|query|key|value)|
 _FEED_FORWARD = re.compile(r"(^|\.)(net\.0(\.proj)?|fc1|linear_1|proj_mlp|in_layer|up_proj|gate_proj|w1|w3)\.")
 # An adapter's own products are small: they run again.
 _SMALL = re.compile(r"(^|\.)(lora_|norm\w*\.linear|time_|modulation)")
+
+
+def unions(labels: Collection[str]) -> list[str]:
+    """Names of all keep-sets made of some of these labels, ``"nothing"`` first."""
+    present = [label for label in LABELS if label in labels]
+    return ["+".join(some) or NOTHING for n in range(len(present) + 1) for some in combinations(present, n)]
 
 
 @cache
@@ -135,6 +126,13 @@ class Labels:
 @cache
 def _name(func: Any) -> str:
     return str(func.name()).partition(".")[0]
+
+
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that an operation writes into."""
+    declared = func._schema.arguments
+    given = [*zip(declared, args, strict=False), *((a, kwargs[a.name]) for a in declared if a.name in kwargs)]
+    return [t for a, value in given if a.alias_info is not None and a.alias_info.is_write for t in tensors_in(value)]
 
 
 def _strided(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from prfl_fast.memory.keeps import ALL, Labels, parse_keep
+from prfl_fast.memory.keeps import ALL, Labels, parse_keep, written_by
 from prfl_fast.memory.trace import tensors_in
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -64,20 +64,13 @@ class _Saving(TorchDispatchMode):
             return func(*args, **kwargs)
         label = labels.of(func, args, kwargs)
         if func._schema.is_mutable:
-            self._kept.spoil(_written(func, args, kwargs))
+            self._kept.spoil(written_by(func, args, kwargs))
         result = func(*args, **kwargs)
         if label in self._keep:
             self._kept.outputs.append((func, tree_map_only(Tensor, torch.Tensor.detach, result)))
         elif label is None:
             labels.see(func, args, kwargs, result)
         return result
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that an operation writes into."""
-    declared = func._schema.arguments
-    given = [*zip(declared, args, strict=False), *((a, kwargs[a.name]) for a in declared if a.name in kwargs)]
-    return [t for a, value in given if a.alias_info is not None and a.alias_info.is_write for t in tensors_in(value)]
 
 
 class _Using(TorchDispatchMode):
