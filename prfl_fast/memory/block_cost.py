@@ -25,8 +25,6 @@ from prfl_fast.memory.solver.chain import Mode
 from prfl_fast.memory.trace import ROUNDING, storage_bytes, tensors_in
 from prfl_fast.memory.tracer import Mark, Recording, Tracer
 
-RUNS = 2
-
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -123,6 +121,7 @@ def trace_block(
     streams: frozenset[int] | None = None,
     forward: Callable[..., Any] | None = None,
     selective: bool = True,
+    runs: int = 2,
 ) -> BlockTrace:
     """Costs of a block for every keep-set, from two traces: one that keeps all, one that keeps nothing.
 
@@ -133,6 +132,7 @@ def trace_block(
             ``torch.utils._pytree.tree_flatten``; None: tensors of the shapes of the outputs. Others are shared by all.
         forward: called instead of ``block.forward``.
         selective: whether keep-sets other than ``"all"`` and ``"nothing"`` can be used.
+        runs: 2; or 1 where only one call is differentiated, whose gradients go straight to the parameters.
     """
     forward = block.forward if forward is None else forward
     leaves, structure = tree_flatten((tuple(args), kwargs))
@@ -145,10 +145,10 @@ def trace_block(
     try:
         for t in held:
             t.grad = None
-        whole = _trace(block, forward, leaves, structure, streams, ALL)
+        whole = _trace(block, forward, leaves, structure, streams, ALL, runs)
         for t in held:
             t.grad = None
-        bare = _trace(block, forward, leaves, structure, streams, NOTHING)
+        bare = _trace(block, forward, leaves, structure, streams, NOTHING, runs)
     finally:
         for t, gradient in before:
             t.grad = gradient
@@ -233,7 +233,13 @@ def _added(live: list[int], base: int, changes: list[tuple[int, int]], start: in
 
 
 def _trace(
-    block: nn.Module, forward: Callable[..., Any], leaves: list[Any], structure: Any, streams: frozenset[int], keep: str
+    block: nn.Module,
+    forward: Callable[..., Any],
+    leaves: list[Any],
+    structure: Any,
+    streams: frozenset[int],
+    keep: str,
+    runs: int,
 ) -> _Traced:
     memory = CallMemory({id(block): keep}, recomputed=True)
     tracer = Tracer()
@@ -264,7 +270,7 @@ def _trace(
     def body(_: Tensor) -> list[Tensor | None]:
         memory.begin()
         with set_checkpoint_early_stop(True):
-            return [once() for _ in range(RUNS)]
+            return [once() for _ in range(runs)]
 
     with tracer:
         with set_checkpoint_early_stop(False):
@@ -273,25 +279,27 @@ def _trace(
         if totals:
             torch.autograd.backward(totals)
         end = tracer.mark()
-    plain = max(mark.peak - start for start, mark in windows[:RUNS])
+    plain = max(mark.peak - start for start, mark in windows[:runs])
     if not walks:
         return _Traced(BlockCost(keep, 0, plain, 0, 0, 0, windows[0][1].work, NO_WORK), plain)
-    inner = windows[-RUNS:]
-    kept = [max(0, mark.live - start - ROUNDING) if len(windows) > RUNS else 0 for start, mark in inner]
-    growing, walked = walks[0][0].live + sum(kept), walks[1][0]
+    inner = windows[-runs:]
+    kept = [max(0, mark.live - start - ROUNDING) if len(windows) > runs else 0 for start, mark in inner]
+    # The run of the call again is part of the first walk; what it keeps lives when the block itself is walked.
+    first = walks[0][0].live + sum(kept)
+    last, peak = (walks[1][0].live, walks[1][0].peak) if runs > 1 else (first, end.peak)
     cost = BlockCost(
         keep=keep,
         kept=kept[0],
         forward_peak=max(mark.peak - start for start, mark in inner),
-        backward=max(0, end.peak - walked.live),
-        backward_growing=max(0, walked.peak - growing),
+        backward=max(0, end.peak - last),
+        backward_growing=max(0, peak - first),
         stays=0 if keep == ALL else sum(storage_bytes(leaves[s]) for s in streams if isinstance(leaves[s], Tensor)),
         forward=inner[0][1].work,
         walked=end.work,
     )
-    if len(recordings) < 3 * RUNS:  # nothing is recomputed
+    if len(recordings) < 3 * runs:  # nothing is recomputed
         return _Traced(cost, plain)
-    return _Traced(cost, plain, recordings[RUNS], inner[0][0], recordings[-1], walked.live)
+    return _Traced(cost, plain, recordings[runs], inner[0][0], recordings[-1], last)
 
 
 def _made(anchor: Tensor, leaf: Tensor) -> Tensor:

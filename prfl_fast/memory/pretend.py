@@ -79,12 +79,14 @@ class Pretence(TorchDispatchMode):
         return result if any(t.numel() > REAL_ELEMENTS for t in tensors_in(result)) else None
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """A fake leaf with the tensor's shape, strides, dtype, device, ``requires_grad`` and ``.grad``."""
+        """A fake leaf with the tensor's shape, strides, dtype, device, ``requires_grad`` and ``.grad``; on the CPU for
+        one on the meta device, whose attention would be traced as a matrix of all scores."""
         if id(tensor) not in self._twins:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 raise UntraceableError(f"it holds a {type(tensor).__name__} (sharded or quantised weights)")
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
             with self._fake:
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
             if tensor.is_leaf and tensor.grad is not None:
                 twin.grad = self.twin(tensor.grad)
