@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prfl_fast.sampling.guard import ModelChangedError
     from prfl_fast.sampling.modes import GradientMode
     from prfl_fast.sampling.pipeline_inputs import pipeline_inputs
+    from prfl_fast.sampling.planning import plan_memory
     from prfl_fast.sampling.sample import Sample, Tap
     from prfl_fast.solvers import NonlinearSchedulerError, SolverTable
 
@@ -44,6 +45,7 @@ _HOME = {
     "bradley_terry_loss": "prfl_fast.reward",
     "compare_gradients": "prfl_fast.sampling.compare",
     "pipeline_inputs": "prfl_fast.sampling.pipeline_inputs",
+    "plan_memory": "prfl_fast.sampling.planning",
     "reward_bce_loss": "prfl_fast.reward",
     "reward_feedback_loss": "prfl_fast.reward",
     "unrolled_sample": "prfl_fast.sampling.door",
@@ -64,6 +66,7 @@ __all__ = [
     "bradley_terry_loss",
     "compare_gradients",
     "pipeline_inputs",
+    "plan_memory",
     "reward_bce_loss",
     "reward_feedback_loss",
     "unrolled_sample",

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "memory", "ops", ""},
     "benchmarks": {"ops", "memory", ""},
-    "cli": {"benchmarks", "demo", "doctor", ""},
+    "cli": {"benchmarks", "demo", "doctor", "sampling", ""},
     "": {"memory", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 

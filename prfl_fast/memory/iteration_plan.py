@@ -76,7 +76,8 @@ class IterationPlan(MemoryPlan):
                 f"{self.model}: latents {' x '.join(map(str, self.latents_shape))}, {self.calls} network calls, "
                 f"{self.differentiated_calls} of them with a backward{on}",
                 f"budget {gib(self.budget_bytes or 0)}, predicted peak {gib(self.predicted_peak_bytes or 0)}; "
-                f"the least that would do is {gib(self.least_bytes)}, and from {gib(self.most_bytes)} on no block is recomputed",
+                f"the least that would do is {gib(self.least_bytes)}, and from {gib(self.most_bytes)} on no block is "
+                "recomputed",
                 "",
                 *_table([("held throughout", "bytes"), *self._held_rows()]),
                 "",

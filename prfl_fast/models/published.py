@@ -22,6 +22,8 @@ WAN, HUNYUAN = "WanTransformer3DModel", "HunyuanVideoTransformer3DModel"
 LTX, COGVIDEOX = "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel"
 CLASSES = (WAN, HUNYUAN, LTX, COGVIDEOX)
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
 # Tokens that each family's pipeline pads or cuts the text to.
 _TEXT_TOKENS = {WAN: 512, HUNYUAN: 256, LTX: 128, COGVIDEOX: 226}
 
@@ -105,11 +107,16 @@ class VideoModel:
             made["image_rotary_emb"] = (angles, angles.clone())
         return made
 
-    def build(self, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    def build(self, dtype: torch.dtype = torch.bfloat16, lora: int | None = None) -> nn.Module:
         """The network on the meta device, in the dtypes that ``from_pretrained(torch_dtype=dtype)`` would give it.
 
+        Args:
+            dtype: of all but what the class keeps in float32.
+            lora: rank of an adapter on the attention's projections, in ``dtype``, beside frozen weights; None: every
+                weight is trained.
+
         Raises:
-            ImportError: diffusers is not installed.
+            ImportError: diffusers is not installed; or, for ``lora``, peft.
             ValueError: a config that its class refuses.
         """
         try:
@@ -134,11 +141,27 @@ class VideoModel:
             module = net.get_submodule(owner)
             if buffer.is_floating_point() and own not in module._non_persistent_buffers_set:
                 module._buffers[own] = buffer.to(dtype)
+        if lora is not None:
+            _add_lora(net, lora, dtype)
         return net.eval()
 
     @property
     def _ltx(self) -> bool:
         return self.class_name == LTX
+
+
+def _add_lora(net: nn.Module, rank: int, dtype: torch.dtype) -> None:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'prfl-fast[diffusers]'") from error
+    net.requires_grad_(False)
+    adapted: Any = net
+    with torch.device("meta"):
+        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_multiple(name: str, value: int, step: int, offset: int) -> None:
