@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "_native": set(),  # compiled: csrc/native
     "ops": {"kernels"},
     "solvers": {"ops"},
-    "memory": {"ops", "_native"},
+    "memory": {"_env", "ops", "_native"},
     "models": {"ops", "memory"},
     "pixels": set(),
     "sampling": {"charts", "ops", "solvers", "memory", "models", "pixels"},
@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "twin": set(),
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "memory", "ops", ""},
-    "benchmarks": {"ops", "memory", ""},
+    "benchmarks": {"ops", "memory", "sampling", ""},
     "cli": {"benchmarks", "demo", "doctor", "sampling", ""},
     "": {"memory", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }

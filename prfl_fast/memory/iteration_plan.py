@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 
 from prfl_fast.memory.plan import MemoryPlan
-
-
-@dataclass(frozen=True)
-class PlannedBlock:
-    """One block under its keep-set: bytes kept from its forward to its backward, and ns on the named device."""
-
-    name: str
-    keep: str
-    kept_bytes: int
-    forward_ns: int
-    backward_ns: int
 
 
 @dataclass(frozen=True)
@@ -38,10 +27,8 @@ class IterationPlan(MemoryPlan):
     Attributes:
         model, latents_shape: of the network.
         device: whose rates the times are estimated from.
-        source: where these rates are from.
         calls, differentiated_calls: of the network, in one iteration.
         held: bytes on each GPU that live throughout, by name.
-        blocks: of the network, in the order of the forward.
         reward_keeps: keep-set of each block of the reward.
         total_ns: the iteration under this plan; of the reward its forward and backward are in it, of the optimiser and
             of communication between GPUs nothing is.
@@ -54,12 +41,10 @@ class IterationPlan(MemoryPlan):
     model: str = ""
     latents_shape: tuple[int, ...] = ()
     device: str = ""
-    source: str = ""
     gpus: int = 1
     calls: int = 0
     differentiated_calls: int = 0
     held: tuple[tuple[str, int], ...] = ()
-    blocks: tuple[PlannedBlock, ...] = ()
     reward_keeps: tuple[str, ...] = ()
     total_ns: int = 0
     recompute_all_ns: int | None = None
@@ -69,7 +54,9 @@ class IterationPlan(MemoryPlan):
 
     def __str__(self) -> str:
         on = f", on each of {self.gpus} GPUs" if self.gpus > 1 else ""
-        graph = "kept while the reward runs" if self.keep_last_call else "recomputed as the others are"
+        graph = "recomputed as the others are"
+        if self.keep_last_call:
+            graph = f"kept while the reward runs ({_runs(self.last_keeps or ())})"
         reward = f"; the reward's blocks keep: {_runs(self.reward_keeps)}" if self.reward_keeps else ""
         return "\n".join(
             (
@@ -81,11 +68,12 @@ class IterationPlan(MemoryPlan):
                 "",
                 *_table([("held throughout", "bytes"), *self._held_rows()]),
                 "",
-                *_table([("blocks", "keep beside their input", "bytes", "forward", "backward"), *self._block_rows()]),
+                *_table([("blocks", "keep beside their input", "bytes", "run again"), *self._block_rows()]),
                 "",
                 f"the last call's graph is {graph}{reward}",
-                f"one iteration: {seconds(self.total_ns)}{self._against()}",
-                f"Times are estimates for {self.device}, not measurements ({self.source}).",
+                f"one iteration: {seconds(self.total_ns)}, {seconds(self.extra_ns or 0)} of it what runs again"
+                f"{self._against()}",
+                f"Times are estimates for {self.device}, not measurements ({self.times_from}).",
             )
         )
 
@@ -95,19 +83,15 @@ class IterationPlan(MemoryPlan):
 
     def _block_rows(self) -> list[tuple[str, ...]]:
         rows = []
-        for _, group in groupby(self.blocks, key=lambda b: (b.name.rpartition(".")[0], *_figures(b))):
+        for _, group in groupby(
+            self.blocks, key=lambda b: (b.name.rpartition(".")[0], b.keep, b.kept_bytes, b.extra_ns)
+        ):
             some = list(group)
             first, last = some[0].name, some[-1].name
             name = first if len(some) == 1 else f"{first} .. {last.rpartition('.')[2]}"
-            rows.append((name, some[0].keep, *_texts(some[0])))
-        total = PlannedBlock(
-            "",
-            "",
-            sum(b.kept_bytes for b in self.blocks),
-            sum(b.forward_ns for b in self.blocks),
-            sum(b.backward_ns for b in self.blocks),
-        )
-        return [*rows, ("together", "", *_texts(total))]
+            rows.append((name, some[0].keep, gib(some[0].kept_bytes), seconds(some[0].extra_ns)))
+        total = (gib(sum(b.kept_bytes for b in self.blocks)), seconds(sum(b.extra_ns for b in self.blocks)))
+        return [*rows, ("together", "", *total)]
 
     def _against(self) -> str:
         if self.recompute_all_ns is None:
@@ -118,28 +102,22 @@ class IterationPlan(MemoryPlan):
     @classmethod
     def from_json(cls, text: str) -> IterationPlan:
         """The plan of :meth:`to_json`. Raises ValueError for text that holds another thing."""
-        own = ("model", "latents_shape", "device", "source", "gpus", "calls", "differentiated_calls", "held", "blocks",
-               "reward_keeps", "total_ns", "recompute_all_ns", "least_bytes", "most_bytes", "curve")  # fmt: skip
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(MemoryPlan)}
         try:
             read = json.loads(text)
             mine: dict[str, Any] = {name: read.pop(name) for name in own}
             base = MemoryPlan.from_json(json.dumps(read))
             mine["latents_shape"] = tuple(mine["latents_shape"])
             mine["held"] = tuple((name, count) for name, count in mine["held"])
-            mine["blocks"] = tuple(PlannedBlock(**block) for block in mine["blocks"])
             mine["reward_keeps"] = tuple(mine["reward_keeps"])
             mine["curve"] = tuple(CurvePoint(**point) for point in mine["curve"])
-            return cls(**{**_shallow(base), **mine})
+            return cls(**{field.name: getattr(base, field.name) for field in fields(base)}, **mine)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"text: expected the JSON of an iteration's plan, got {text[:80]!r} ({error})") from error
 
     def to_json(self) -> str:
         """The plan as JSON text."""
         return json.dumps(asdict(self))
-
-
-def _shallow(plan: MemoryPlan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
 def gib(count: int) -> str:
@@ -153,14 +131,6 @@ def seconds(nanoseconds: int) -> str:
     if value < 1:
         return f"{1000 * value:.3g} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
-def _figures(block: PlannedBlock) -> tuple[str, int, int, int]:
-    return block.keep, block.kept_bytes, block.forward_ns, block.backward_ns
-
-
-def _texts(block: PlannedBlock) -> tuple[str, str, str]:
-    return gib(block.kept_bytes), seconds(block.forward_ns), seconds(block.backward_ns)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

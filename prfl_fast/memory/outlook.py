@@ -1,9 +1,9 @@
 """Bytes and nanoseconds of one training iteration from the costs of its calls, and the fastest plan within a budget.
 
-An iteration is a rollout, the differentiated calls in reverse, and between the two the reward. Its calls share one
-keep-set per block. There are two ways to order it: the last differentiated call keeps its graph from the rollout on,
-which saves one forward, and the reward then runs on top of what that graph keeps; or the call is recomputed like the
-others, and the reward has the memory to itself.
+An iteration is a rollout, the differentiated calls in reverse, and between the two the reward. Recomputed calls share
+one keep-set per block. There are two ways to order it: the last differentiated call keeps its graph from the rollout
+on, which saves one forward, with keep-sets of its own, and the reward then runs beside what that graph keeps; or the
+call is recomputed like the others, and the reward has the memory to itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from prfl_fast.memory.block_cost import BlockCost
 from prfl_fast.memory.call_cost import CallCost, Piece
-from prfl_fast.memory.keeps import ALL, NOTHING
+from prfl_fast.memory.keeps import ALL
 from prfl_fast.memory.plan import InfeasibleBudget
 from prfl_fast.memory.roofline import Device
 from prfl_fast.memory.solver.chain import Mode, solve_chain
@@ -33,6 +33,7 @@ class Iteration:
         calls: network calls of the rollout.
         differentiated: those of them that have a backward.
         held: bytes that live throughout, by name.
+        beside: calls without a backward come after the last one that has one.
     """
 
     call: CallCost
@@ -40,6 +41,7 @@ class Iteration:
     calls: int
     differentiated: int
     held: Mapping[str, int]
+    beside: bool = False
 
     @property
     def held_bytes(self) -> int:
@@ -49,9 +51,10 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Link:
-    """Pieces whose peaks add up, as a chain for the solver: ``owners[i]`` is the piece and the times it is walked."""
+    """A chain of blocks for the solver. ``owners[i]``: the piece and whose it is, ``"calls"``, ``"last"`` or
+    ``"reward"``; None for what has no choice."""
 
-    owners: tuple[tuple[Piece, int], ...]
+    owners: tuple[tuple[Piece, str] | None, ...]
     modes: Chain
 
 
@@ -70,18 +73,22 @@ class Outcome:
 
     Attributes:
         keep_last_call: the last differentiated call keeps its graph while the reward runs.
-        keeps: keep-set of each block of the network.
+        keeps: keep-set of each block of a recomputed call, or of the last one where there is no other.
+        last_keeps: the same of the last call where its graph is kept.
         reward_keeps: of each block of the reward.
         peak_bytes: what is held throughout included.
         total_ns: of the whole iteration.
-        costs: of each piece of a call with these keep-sets, in the order of the forward.
+        extra_ns: of that what runs again.
+        costs: of each block under ``keeps``.
     """
 
     keep_last_call: bool
     keeps: tuple[str, ...]
+    last_keeps: tuple[str, ...] | None
     reward_keeps: tuple[str, ...]
     peak_bytes: int
     total_ns: int
+    extra_ns: int
     costs: tuple[BlockCost, ...]
 
 
@@ -94,7 +101,10 @@ def same_for_all(keep: str) -> Choose:
     """One keep-set for all blocks (where a block has it; else the one that keeps as much)."""
 
     def choose(link: Link, room: int) -> tuple[int, ...]:
-        choice = tuple(0 if piece.block is None else piece.costs.index(piece.cost(keep)) for piece, _ in link.owners)
+        choice = tuple(
+            0 if owner is None or owner[0].block is None else owner[0].costs.index(owner[0].cost(keep))
+            for owner in link.owners
+        )
         peak = peak_of(link.modes, choice)
         if peak > room:
             raise InfeasibleBudget(room, peak)
@@ -118,20 +128,22 @@ def ways(iteration: Iteration, device: Device) -> list[Way]:
     call, reward, times = iteration.call, iteration.reward, iteration.differentiated
     forward = device.nanoseconds(call.forward)
     fixed = iteration.calls * forward
-    # The rollout itself: one block, nothing kept.
-    rollout = Link((), [[Mode(0, call.plain_peak, 0, 0)]])
-    reward_pieces = () if reward is None else tuple((piece, 1) for piece in reward.pieces)
+    plain = Link((None,), [[Mode(0, call.plain_peak, 0, 0)]])
+    scored = Link((), [])
     if reward is not None:
-        fixed += device.nanoseconds(reward.forward) + sum(_least_walk(piece, device) for piece, _ in reward_pieces)
+        fixed += device.nanoseconds(reward.forward) + sum(_least_walk(piece, device) for piece in reward.pieces)
+        scored = _link(reward.pieces, "reward", device)
     if times == 0:
-        return [Way(False, (rollout,), fixed)]
-    pieces = tuple((piece, times) for piece in call.pieces)
-    fixed += times * sum(_least_walk(piece, device) for piece, _ in pieces)
-    kept = _link(pieces, device, stays=True, then=reward_pieces)
-    apart = [_link(pieces, device)] + ([_link(reward_pieces, device)] if reward_pieces else [])
+        return [Way(False, (plain, *([scored] if scored.modes else [])), fixed)]
+    fixed += times * sum(_least_walk(piece, device) for piece in call.pieces)
+    last = _link(call.pieces, "last", device, stays=True)
+    after = [last, scored] + ([plain] if iteration.beside else [])
+    kept = Link(tuple(o for link in after for o in link.owners), [m for link in after for m in link.modes])
+    others = (_link(call.pieces, "calls", device, times - 1),) if times > 1 else ()
+    apart = (_link(call.pieces, "calls", device, times), *([scored] if scored.modes else []))
     return [
-        Way(True, (rollout, kept), fixed + (times - 1) * forward),
-        Way(False, (rollout, *apart), fixed + times * forward),
+        Way(True, (plain, *others, kept), fixed + (times - 1) * forward),
+        Way(False, (plain, *apart), fixed + times * forward),
     ]
 
 
@@ -146,7 +158,7 @@ def plan_iteration(iteration: Iteration, budget_bytes: int, device: Device, choo
     least: list[int] = []
     for way in ways(iteration, device):
         try:
-            found.append(_solve(iteration, way, room, choose))
+            found.append(_solve(iteration, way, room, device, choose))
         except InfeasibleBudget as error:
             least.append(error.least_bytes + iteration.held_bytes)
     if not found:
@@ -167,85 +179,58 @@ def most_bytes(iteration: Iteration, device: Device) -> int:
     return least_bytes(iteration, device, same_for_all(ALL))
 
 
-def _solve(iteration: Iteration, way: Way, room: int, choose: Choose) -> Outcome:
+def _solve(iteration: Iteration, way: Way, room: int, device: Device, choose: Choose) -> Outcome:
     """One way; the least bytes of all its links, where some don't fit."""
     choices: list[tuple[int, ...]] = []
     lacking: list[int] = []
     for link in way.links:
         try:
-            choices.append(choose(link, max(0, room)) if link.owners else _only(link, room))
+            choices.append(choose(link, max(0, room)))
         except InfeasibleBudget as error:
             lacking.append(error.least_bytes)
-    if lacking:
-        raise InfeasibleBudget(max(0, room), max(lacking))
+    if lacking or room < 0:
+        fitting = [peak_of(link.modes, choice) for link, choice in zip(way.links, choices, strict=False)]
+        raise InfeasibleBudget(max(0, room), max(lacking or fitting))
     extra = peak = 0
-    chosen: list[tuple[Piece, BlockCost]] = []
+    chosen: dict[str, list[BlockCost]] = {"calls": [], "last": [], "reward": []}
     for link, choice in zip(way.links, choices, strict=True):
         peak = max(peak, peak_of(link.modes, choice))
         extra += sum(block[mode].extra_ns for block, mode in zip(link.modes, choice, strict=True))
-        chosen += [(piece, piece.costs[mode]) for (piece, _), mode in zip(link.owners, choice, strict=False)]
-    own = chosen[: len(iteration.call.pieces)]
+        for owner, mode in zip(link.owners, choice, strict=True):
+            if owner is not None and owner[0].block is not None:
+                chosen[owner[1]].append(owner[0].costs[mode])
+    keeps = {whose: tuple(cost.keep for cost in costs) for whose, costs in chosen.items()}
+    again = (iteration.differentiated - way.keep_last_call) if iteration.differentiated else 0
     return Outcome(
-        way.keep_last_call,
-        tuple(cost.keep for piece, cost in own if piece.block is not None),
-        tuple(cost.keep for piece, cost in chosen[len(own) :] if piece.block is not None),
-        iteration.held_bytes + peak,
-        way.fixed_ns + extra,
-        tuple(cost for _, cost in own),
+        keep_last_call=way.keep_last_call,
+        keeps=keeps["calls"] or keeps["last"],
+        last_keeps=keeps["last"] if way.keep_last_call else None,
+        reward_keeps=keeps["reward"],
+        peak_bytes=iteration.held_bytes + peak,
+        total_ns=way.fixed_ns + extra,
+        extra_ns=extra + again * device.nanoseconds(iteration.call.forward),
+        costs=tuple(chosen["calls"] or chosen["last"]),
     )
-
-
-def _only(link: Link, room: int) -> tuple[int, ...]:
-    choice = (0,) * len(link.modes)
-    peak = peak_of(link.modes, choice)
-    if peak > room:
-        raise InfeasibleBudget(max(0, room), peak)
-    return choice
 
 
 def _least_walk(piece: Piece, device: Device) -> int:
     return min(device.nanoseconds(cost.walked) for cost in piece.costs)
 
 
-def _link(
-    pieces: tuple[tuple[Piece, int], ...],
-    device: Device,
-    *,
-    stays: bool = False,
-    then: tuple[tuple[Piece, int], ...] = (),
-) -> Link:
+def _link(pieces: Sequence[Piece], whose: str, device: Device, times: int = 1, *, stays: bool = False) -> Link:
+    """The pieces of a call that is walked so many times; ``stays``: its graph is kept from its forward on."""
     return Link(
-        (*pieces, *then),
-        [_modes(piece, times, device, stays) for piece, times in pieces]
-        + [_modes(piece, times, device, False) for piece, times in then],
+        tuple((piece, whose) for piece in pieces),
+        [
+            [
+                Mode(
+                    cost.kept,
+                    max(cost.kept, cost.forward_peak),
+                    cost.backward + (cost.stays if stays else 0),
+                    times * (device.nanoseconds(cost.walked) - _least_walk(piece, device)),
+                )
+                for cost in piece.costs
+            ]
+            for piece in pieces
+        ],
     )
-
-
-def _modes(piece: Piece, times: int, device: Device, stays: bool) -> list[Mode]:
-    fastest = _least_walk(piece, device)
-    return [
-        Mode(
-            cost.kept,
-            max(cost.kept, cost.forward_peak),
-            cost.backward + (cost.stays if stays else 0),
-            times * (device.nanoseconds(cost.walked) - fastest),
-        )
-        for cost in piece.costs
-    ]
-
-
-__all__ = [
-    "ALL",
-    "NOTHING",
-    "Iteration",
-    "Link",
-    "Outcome",
-    "Way",
-    "least_bytes",
-    "most_bytes",
-    "optimal",
-    "peak_of",
-    "plan_iteration",
-    "same_for_all",
-    "ways",
-]

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prfl_fast.memory.block_cost import BlockCost
 from prfl_fast.memory.budget import parse_budget
 from prfl_fast.memory.call_cost import BlockTraces, CallCost, trace_call
-from prfl_fast.memory.iteration_plan import CurvePoint, IterationPlan, PlannedBlock
-from prfl_fast.memory.keeps import ALL, NOTHING
+from prfl_fast.memory.iteration_plan import CurvePoint, IterationPlan
+from prfl_fast.memory.keeps import NOTHING
 from prfl_fast.memory.outlook import (
     Iteration,
     Outcome,
@@ -22,7 +21,7 @@ from prfl_fast.memory.outlook import (
     plan_iteration,
     same_for_all,
 )
-from prfl_fast.memory.plan import InfeasibleBudget
+from prfl_fast.memory.plan import InfeasibleBudget, PlannedBlock
 from prfl_fast.memory.pretend import Pretence, UntraceableError, tracing
 from prfl_fast.memory.roofline import Device, device_named
 from prfl_fast.memory.trace import storage_bytes
@@ -63,12 +62,15 @@ class Forecast:
             everything = None
         low, high = least_bytes(self.iteration, device), most_bytes(self.iteration, device)
         return IterationPlan(
-            recompute="call" if set(outcome.keeps) <= {ALL} else "blocks",
+            recompute="planned" if outcome.keeps else "call",
             keep_last_call=outcome.keep_last_call,
+            keeps=(outcome.keeps,) if outcome.keeps else (),
+            last_keeps=outcome.last_keeps,
+            extra_ns=outcome.extra_ns,
             budget_bytes=budget_bytes,
             predicted_peak_bytes=outcome.peak_bytes,
             device=device.name,
-            source=device.source,
+            times_from=device.source,
             held=tuple(self.iteration.held.items()),
             blocks=self._blocks(outcome, device),
             reward_keeps=outcome.reward_keeps,
@@ -90,12 +92,10 @@ class Forecast:
         return tuple(found)
 
     def _blocks(self, outcome: Outcome, device: Device) -> tuple[PlannedBlock, ...]:
-        pieces = zip(self.iteration.call.pieces, outcome.costs, strict=True) if outcome.costs else ()
-        costs: list[BlockCost] = [cost for piece, cost in pieces if piece.block is not None]
-        return tuple(
-            PlannedBlock(name, c.keep, c.kept, device.nanoseconds(c.forward), device.nanoseconds(c.walked))
-            for name, c in zip(self.names, costs, strict=False)
-        )
+        pieces = [piece for piece in self.iteration.call.pieces if piece.block is not None]
+        fastest = [min(device.nanoseconds(cost.walked) for cost in piece.costs) for piece in pieces]
+        rows = zip(self.names, outcome.costs, fastest, strict=False)
+        return tuple(PlannedBlock(name, c.keep, c.kept, device.nanoseconds(c.walked) - f) for name, c, f in rows)
 
 
 def plan_memory(
@@ -200,7 +200,8 @@ def forecast(
     if lora is not None:
         _whole("lora", lora, 1)
     reserved = parse_budget(reserve, torch.device("cpu")) if reserve != 0 else 0
-    times = _differentiated_steps(gradient, steps)
+    chosen = _differentiated_steps(gradient, steps)
+    times = len(chosen)
     if isinstance(transformer, str):
         if conditioning is not None:
             raise ValueError("conditioning: a model by name brings its own; expected None")
@@ -236,6 +237,7 @@ def forecast(
             calls=branches * steps,
             differentiated=times * (2 if guided and guidance_gradient == "both" else 1),
             held={key: count for key, count in held.items() if count},
+            beside=bool(chosen) and (chosen[-1] < steps - 1 or (guided and guidance_gradient == "conditional")),
         ),
         tuple(block for block, _ in adapter.blocks()),
         {
@@ -315,13 +317,13 @@ def _budget(memory_budget: str | int | float | None, device: Device) -> int:
     return parse_budget(memory_budget, torch.device("cpu"))
 
 
-def _differentiated_steps(gradient: str | GradientMode, steps: int) -> int:
+def _differentiated_steps(gradient: str | GradientMode, steps: int) -> list[int]:
     named = gradient
     if isinstance(gradient, str):
         kind, _, number = gradient.partition(":")
         named = f"last:{number}" if number and kind in ("random", "uniform") else _LONGEST.get(gradient, gradient)
     mode = resolve_mode(named, num_steps=steps, start_step=0, stop_step=None, supervise=None, generator=None)
-    return sum(not mode.weights(0, step).zero for step in range(steps))
+    return [step for step in range(steps) if not mode.weights(0, step).zero]
 
 
 def _size(model: VideoModel, size: Sequence[int] | str | None) -> tuple[int, int, int]:
