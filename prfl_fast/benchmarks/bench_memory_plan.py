@@ -110,7 +110,7 @@ def details(setting: Setting) -> dict[str, Any]:
 def rows(setting: Setting) -> Iterator[Row]:
     """One row per model, size, what is trained, and device."""
     for model, size in TINY_CASES if setting.tiny else CASES:
-        for trained, lora in (("lora", RANK), ("full", None)):
+        for trained, lora in (("lora", RANK),) if setting.tiny else (("lora", RANK), ("full", None)):
             found = forecast(model, size, lora=lora, reward_blocks=1 if setting.tiny else 8)
             for name in DEVICES[-1:] if setting.tiny else DEVICES:
                 told = {"model": model, "size": size, "trained": trained}

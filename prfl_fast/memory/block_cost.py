@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.blocks import checkpointed
 from prfl_fast.memory.keeps import ALL, NOTHING, parse_keep, unions
+from prfl_fast.memory.pretend import refuse_hidden
 from prfl_fast.memory.roofline import NO_WORK, Device, Work
 from prfl_fast.memory.selective import CallMemory
 from prfl_fast.memory.solver.chain import Mode
@@ -277,6 +278,7 @@ def _trace(
             totals: Any = checkpoint(body, anchor, use_reentrant=False)
         totals = [t for t in totals if t is not None]
         if totals:
+            refuse_hidden(totals, [anchor])
             torch.autograd.backward(totals)
         end = tracer.mark()
     plain = max(mark.peak - start for start, mark in windows[:runs])

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.block_cost import BlockCost, BlockTrace, Sink, trace_block
 from prfl_fast.memory.keeps import ALL, parse_keep, unions
+from prfl_fast.memory.pretend import refuse_hidden
 from prfl_fast.memory.roofline import NO_WORK, Work
 from prfl_fast.memory.trace import ROUNDING, storage_bytes
 from prfl_fast.memory.tracer import Mark, Tracer
@@ -55,13 +56,11 @@ class CallCost:
         pieces: in the order of the forward; none for a call without gradient.
         plain_peak: peak of a forward that keeps nothing.
         forward: work of the forward.
-        gradients: bytes of all gradients of parameters.
     """
 
     pieces: tuple[Piece, ...]
     plain_peak: int
     forward: Work
-    gradients: int
 
 
 class BlockTraces:
@@ -158,7 +157,7 @@ class _Outputs:
         templates = [t for t in self._made if isinstance(t, Tensor)]
         wanting = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if trained and torch.is_grad_enabled():
-            wanting.append(torch.zeros((), requires_grad=True))
+            wanting.append(templates[0].new_empty((), dtype=torch.float32).requires_grad_())
         made = iter(_StandIn.apply(moment, templates, saved, *wanting))  # type: ignore[no-untyped-call]
         out = [next(made) if isinstance(t, Tensor) else leaves[t] if isinstance(t, int) else t[0] for t in self._made]
         return tree_unflatten(out, self._structure)
@@ -209,7 +208,6 @@ def trace_call(
     *,
     selective: bool = True,
     differentiable: bool = True,
-    gradients: int = 0,
     runs: int = 2,
 ) -> CallCost:
     """Costs of one network call.
@@ -220,15 +218,14 @@ def trace_call(
         traces: of blocks that were seen before; filled here.
         selective: whether the blocks can be used with keep-sets other than ``"all"`` and ``"nothing"``.
         differentiable: the call has a backward.
-        gradients: bytes of the gradients of all trainable parameters.
         runs: 2; or 1 where only this call is differentiated, whose gradients go straight to the parameters.
     """
     seen, outputs, forwards = _look(call, blocks, differentiable)
     if not differentiable:
         peak, work = _without_gradient(call, blocks)
-        return CallCost((), peak, work, 0)
+        return CallCost((), peak, work)
     known = [traces.of(block, s, forwards[id(block)], selective, runs) for block, s in seen]
-    return _Profile(call, blocks, [s for _, s in seen], outputs, known, gradients, runs).cost()
+    return _Profile(call, blocks, [s for _, s in seen], outputs, known, runs).cost()
 
 
 def _look(
@@ -268,6 +265,26 @@ def _look(
         if seen:
             _settle_last(seen, outputs, made)
     return seen, outputs, forwards
+
+
+@contextmanager
+def stand_ins(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """While active, blocks of one kind run once, and later ones give new tensors that look the same."""
+    kinds: dict[Any, _Outputs] = {}
+
+    def instead(block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaves, _ = tree_flatten((args, kwargs))
+            kind = (kind_of(block), _Seen(args, kwargs).key)
+            if kind not in kinds:
+                with torch.no_grad():
+                    kinds[kind] = _Outputs(original(*args, **kwargs), leaves)
+            return kinds[kind].stand_in(leaves, _trained(block), _nothing)
+
+        return run
+
+    with _instead(blocks, instead):
+        yield
 
 
 def _settle_last(seen: list[tuple[nn.Module, _Seen]], outputs: list[_Outputs], made: list[set[int]]) -> None:
@@ -311,10 +328,9 @@ class _Profile:
         seen: list[_Seen],
         outputs: list[_Outputs],
         traces: list[BlockTrace],
-        gradients: int,
         runs: int,
     ) -> None:
-        self._gradients, self._count = gradients, runs
+        self._count = runs
         self._call, self._blocks, self._seen, self._outputs, self._traces = call, blocks, seen, outputs, traces
         self._tracer = Tracer()
         # Of each run of the call: a mark where it begins, and at each block's entry and exit, and where it ends.
@@ -345,6 +361,7 @@ class _Profile:
                 totals: list[Any] = [checkpoint(body, anchor, use_reentrant=False) for _ in range(self._count)]
             totals = [t for t in totals if t is not None]
             if totals:
+                refuse_hidden(totals, [anchor])
                 torch.autograd.backward(totals)
             end = self._tracer.mark()
         forward = NO_WORK
@@ -354,7 +371,7 @@ class _Profile:
             forward = forward + trace.costs[0].forward
         plain = self._plain_peak()
         if not totals:
-            return CallCost((), plain, forward, 0)
+            return CallCost((), plain, forward)
         return self._compose(plain, forward, end)
 
     def _instead(self, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -430,7 +447,7 @@ class _Profile:
                 for c in self._traces[place].costs
             )
             pieces.append(Piece(place, costs, self._traces[place].gradients))
-        return CallCost(tuple(pieces), plain, forward, self._gradients)
+        return CallCost(tuple(pieces), plain, forward)
 
     def _sums(self, run: list[Mark]) -> list[int]:
         """What the gaps up to each one keep."""

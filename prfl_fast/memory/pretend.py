@@ -127,8 +127,9 @@ def _put_back(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
-    """A leaf of these nodes' graph that is no twin: a backward would leave a fake gradient there."""
+def real_leaf(nodes: Iterable[Any], own: Iterable[Tensor] = ()) -> Tensor | None:
+    """A leaf of these nodes' graph that is no twin, nor one of ``own``: a backward would leave a fake gradient there."""
+    known = {id(t) for t in own}
     seen: set[Any] = set()
     stack: list[Any] = list(nodes)
     while stack:
@@ -137,10 +138,16 @@ def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and not isinstance(variable, FakeTensor):
+        if isinstance(variable, Tensor) and not isinstance(variable, FakeTensor) and id(variable) not in known:
             return variable
         stack.extend(following for following, _ in node.next_functions)
     return None
+
+
+def refuse_hidden(totals: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+    """Raises UntraceableError where the graph has a leaf that is neither fake nor one of ``own``."""
+    if real_leaf([t.grad_fn for t in totals], own) is not None:
+        raise UntraceableError("it has trainable tensors that are none of its parameters")
 
 
 @contextmanager
