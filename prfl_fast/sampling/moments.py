@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prfl_fast.memory.trace import LiveBytes
@@ -85,11 +86,9 @@ class StandInCall:
         given = [t for t in (x, *_tensors(conditioning), *_tensors(overrides)) if t.is_floating_point()]
         differentiable = torch.is_grad_enabled() and (trained or any(t.requires_grad for t in given))
         again = torch._C._current_graph_task_id() != -1
-        kind = self._observer.kind(
-            Kind(
-                self._network, _like(x), timestep, _likes(conditioning), _likes(overrides), trained, differentiable
-            )
-        )
+        with _disable_current_modes():  # what is made for the record does not count
+            seen = (_like(x), timestep, _likes(conditioning), _likes(overrides))
+            kind = self._observer.kind(Kind(self._network, *seen, trained, differentiable))
         self._observer.note("again" if again else "forward", kind, self._step)
         if trained and torch.is_grad_enabled():
             given.append(x.new_empty((), dtype=torch.float32).requires_grad_())
