@@ -189,8 +189,7 @@ def _solve(iteration: Iteration, way: Way, room: int, device: Device, choose: Ch
         except InfeasibleBudget as error:
             lacking.append(error.least_bytes)
     if lacking or room < 0:
-        fitting = [peak_of(link.modes, choice) for link, choice in zip(way.links, choices, strict=False)]
-        raise InfeasibleBudget(max(0, room), max(lacking or fitting))
+        raise InfeasibleBudget(max(0, room), max(lacking, default=0))
     extra = peak = 0
     chosen: dict[str, list[BlockCost]] = {"calls": [], "last": [], "reward": []}
     for link, choice in zip(way.links, choices, strict=True):
