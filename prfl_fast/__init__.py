@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prfl_fast.sampling.guard import ModelChangedError
     from prfl_fast.sampling.modes import GradientMode
     from prfl_fast.sampling.pipeline_inputs import pipeline_inputs
+    from prfl_fast.sampling.planning import plan_memory
     from prfl_fast.sampling.sample import Sample, Tap
     from prfl_fast.solvers import NonlinearSchedulerError, SolverTable
 
@@ -46,6 +47,7 @@ _HOME = {
     "compare_gradients": "prfl_fast.sampling.compare",
     "fuse": "prfl_fast.models.fused",
     "pipeline_inputs": "prfl_fast.sampling.pipeline_inputs",
+    "plan_memory": "prfl_fast.sampling.planning",
     "reward_bce_loss": "prfl_fast.reward",
     "reward_feedback_loss": "prfl_fast.reward",
     "unfuse": "prfl_fast.models.fused",
@@ -68,6 +70,7 @@ __all__ = [
     "compare_gradients",
     "fuse",
     "pipeline_inputs",
+    "plan_memory",
     "reward_bce_loss",
     "reward_feedback_loss",
     "unfuse",

@@ -95,6 +95,44 @@ def bench(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed(reports) else 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Plan the memory of an iteration without running it; see :func:`prfl_fast.plan_memory`."""
+    from prfl_fast.sampling.plan_picture import check_picture, terminal_curve, write_curve
+
+    if options.curve is not None:
+        check_picture(options.curve)
+    try:
+        made = prfl_fast.plan_memory(
+            options.model,
+            options.size,
+            memory_budget=_budget(options.budget),
+            device=options.device,
+            num_inference_steps=options.steps,
+            gradient=options.gradient,
+            lora=options.lora,
+            optimizer=options.optimizer,
+            reward_blocks=options.reward_blocks,
+            gpus=options.gpus,
+            batch=options.batch,
+            reserve=options.reserve,
+            curve=12,
+        )
+    except prfl_fast.InfeasibleBudget as error:
+        print(f"prfl-fast plan: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if options.curve is not None:
+        write_curve(made, options.curve)
+    print(made.to_json() if options.json else f"{made}\n\n{terminal_curve(made)}")
+    return 0
+
+
+def _budget(text: str | None) -> str | int | float | None:
+    """Bytes, a fraction of the device, or a size for :func:`prfl_fast.plan_memory` to read."""
+    if text is None or not text.replace(".", "", 1).isdecimal():
+        return text
+    return float(text) if "." in text else int(text)
+
+
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -160,6 +198,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="DIR", help="write a JSON file per benchmark, again after each row")
     command.add_argument("--json", action="store_true", help="print the JSON; what goes on is told on stderr")
     command.add_argument("--tiny", action="store_true", help="next to no work: a smoke test")
+    _add_traceback(command)
+
+    command = commands.add_parser(
+        "plan",
+        help="what an iteration would need and what to keep under a byte budget, without GPU or weights",
+        description="Bytes are counted on fake tensors, times are roofline estimates of the named device. Exit code 1 "
+        "when nothing fits the budget; the least that would do is told.",
+    )
+    command.set_defaults(run=plan)
+    command.add_argument("--model", required=True, metavar="NAME", help="wan2.1-t2v-14b, ..., or a config.json")
+    command.add_argument("--size", metavar="WxHxF", help="pixels and frames: 1280x720x81 (none: the model's own)")
+    command.add_argument("--budget", metavar="BYTES", help="60GiB, 64GB, 0.9 of the device (none: all of it)")
+    command.add_argument("--device", default="h200", help="h200, h100, a100, b200, rtx4090, cpu (h200)")
+    command.add_argument("--gpus", type=int, default=1, help="that share weights, gradients, optimiser state (1)")
+    command.add_argument("--lora", type=int, nargs="?", const=32, metavar="RANK", help="train an adapter (rank 32)")
+    command.add_argument("--steps", type=int, default=40, help="of the rollout (40)")
+    command.add_argument("--gradient", default="full", metavar="MODE", help="full, last:4, prfl, drtune:4, ... (full)")
+    command.add_argument("--batch", type=int, default=1, help="samples per GPU (1)")
+    command.add_argument("--optimizer", default="adamw", help="adamw, sgd, none (adamw)")
+    command.add_argument("--reward-blocks", type=int, default=8, help="of the latent reward; 0: no reward (8)")
+    command.add_argument("--reserve", default="2GiB", metavar="BYTES", help="for what can't be counted (2GiB)")
+    command.add_argument("--curve", metavar="FILE.svg", help="draw the time against the budget")
+    command.add_argument("--json", action="store_true", help="print JSON")
     _add_traceback(command)
     return parser
 

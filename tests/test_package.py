@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "_native": set(),  # compiled: csrc/native
     "ops": {"_env", "kernels"},
     "solvers": {"ops"},
-    "memory": {"ops", "_native"},
+    "memory": {"_env", "ops", "_native"},
     "models": {"ops", "memory"},
     "pixels": set(),
     "sampling": {"charts", "ops", "solvers", "memory", "models", "pixels"},
@@ -36,8 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "memory", "ops", ""},
     "compile": {"kernels"},
-    "benchmarks": {"ops", "memory", ""},
-    "cli": {"benchmarks", "compile", "demo", "doctor", ""},
+    "benchmarks": {"ops", "memory", "sampling", ""},
+    "cli": {"benchmarks", "compile", "demo", "doctor", "sampling", ""},
     "": {"memory", "models", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 

@@ -97,6 +97,14 @@ _ALL = (
         one_thread=True,
     ),
     Benchmark(
+        "memory_plan",
+        "predicted time of an iteration by model, size and device, beside full recomputation, greedy and uniform plans",
+        ("cpu",),
+        needs=("diffusers", "peft"),
+        one_thread=True,
+        on_host=True,
+    ),
+    Benchmark(
         "solve_chain",
         "the planner: time, memory, gap, and its gain over greedy and uniform plans",
         ("cpu",),

@@ -1,4 +1,4 @@
-"""Recomputation block by block: inside one network call every block keeps its inputs only."""
+"""Recomputation block by block: inside one network call a block keeps its inputs, and what its keep-set names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+from prfl_fast.memory.keeps import NOTHING
+from prfl_fast.memory.selective import CallMemory, Watch
 
 Scalings = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -34,7 +37,9 @@ def _pinned(scalings: Scalings) -> Iterator[None]:
             scaling.update(values)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def checkpointed(
+    block: nn.Module, forward: Callable[..., Any], memory: CallMemory, watch: Watch | None
+) -> Callable[..., Any]:
     """``forward`` as a non-reentrant checkpoint that gives the same values whenever it runs again."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -48,15 +53,21 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         def run(*flat: Any) -> Any:
             own_args, own_kwargs = tree_unflatten(list(flat), structure)
             with _pinned(scalings):
-                return forward(*own_args, **own_kwargs)
+                output = forward(*own_args, **own_kwargs)
+            if watch is not None:
+                watch(block, output)
+            return output
 
-        return checkpoint(run, *leaves, use_reentrant=False)
+        contexts = memory.contexts(block)
+        return checkpoint(run, *leaves, use_reentrant=False, context_fn=lambda: contexts)
 
     return call
 
 
 @contextmanager
-def recompute_blocks(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+def recompute_blocks(
+    module: nn.Module, blocks: Sequence[nn.Module], memory: CallMemory | None = None, watch: Watch | None = None
+) -> Iterator[None]:
     """While active, the forward of each block is a checkpoint: its inputs are kept, and it runs again in the backward.
 
     The backward may come after the context has been left. Gradients are those of the plain call: dropout and autocast
@@ -67,7 +78,12 @@ def recompute_blocks(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator
     Args:
         module: the network that is going to be called.
         blocks: modules inside it, in any order; one that is listed twice counts once.
+        memory: what each block keeps beside its inputs, and which blocks are no checkpoint; None: all keep nothing.
+        watch: called with a block and its output in its forward and in its recomputation.
     """
+    if memory is None:
+        memory = CallMemory(dict.fromkeys(map(id, blocks), NOTHING), recomputed=False)
+    memory.begin()
     saved: list[tuple[dict[str, Any], str, bool, Any]] = []
 
     def put(owner: nn.Module, name: str, value: Any) -> None:
@@ -80,11 +96,11 @@ def recompute_blocks(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator
         for part in module.modules():
             if getattr(part, "gradient_checkpointing", False) is True:
                 put(part, "gradient_checkpointing", False)
-        for block in {id(block): block for block in blocks}.values():
+        for block in {id(block): block for block in blocks if memory.checkpointed(block)}.values():
             # A block compiled in place is called through its compiled call, and stays compiled.
             compiled = vars(block).get("_compiled_call_impl")
             name, forward = ("forward", block.forward) if compiled is None else ("_compiled_call_impl", compiled)
-            put(block, name, _recomputed(block, forward))
+            put(block, name, checkpointed(block, forward, memory, watch))
         yield
     finally:
         for attributes, name, present, value in reversed(saved):

@@ -79,12 +79,14 @@ class Pretence(TorchDispatchMode):
         return result if any(t.numel() > REAL_ELEMENTS for t in tensors_in(result)) else None
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """A fake leaf with the tensor's shape, strides, dtype, device, ``requires_grad`` and ``.grad``."""
+        """A fake leaf with the tensor's shape, strides, dtype, device, ``requires_grad`` and ``.grad``; on the CPU for
+        one on the meta device, whose attention would be traced as a matrix of all scores."""
         if id(tensor) not in self._twins:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 raise UntraceableError(f"it holds a {type(tensor).__name__} (sharded or quantised weights)")
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
             with self._fake:
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
             if tensor.is_leaf and tensor.grad is not None:
                 twin.grad = self.twin(tensor.grad)
@@ -125,8 +127,9 @@ def _put_back(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
-    """A leaf of these nodes' graph that is no twin: a backward would leave a fake gradient there."""
+def real_leaf(nodes: Iterable[Any], own: Iterable[Tensor] = ()) -> Tensor | None:
+    """A leaf of these nodes' graph that is no twin, nor one of ``own``: a backward would leave a fake gradient there."""
+    known = {id(t) for t in own}
     seen: set[Any] = set()
     stack: list[Any] = list(nodes)
     while stack:
@@ -135,10 +138,16 @@ def real_leaf(nodes: Iterable[Any]) -> Tensor | None:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and not isinstance(variable, FakeTensor):
+        if isinstance(variable, Tensor) and not isinstance(variable, FakeTensor) and id(variable) not in known:
             return variable
         stack.extend(following for following, _ in node.next_functions)
     return None
+
+
+def refuse_hidden(totals: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+    """Raises UntraceableError where the graph has a leaf that is neither fake nor one of ``own``."""
+    if real_leaf([t.grad_fn for t in totals], own) is not None:
+        raise UntraceableError("it has trainable tensors that are none of its parameters")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from prfl_fast.memory.blocks import recompute_blocks
+from prfl_fast.memory.selective import CallMemory
 from prfl_fast.models.base import Adapter
 from prfl_fast.sampling.guidance import Prediction
 from prfl_fast.sampling.modes import StepWeights
@@ -25,7 +26,7 @@ from prfl_fast.sampling.watch import CallWatch
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Parameters out of the graph for one call: its input's gradient alone is wanted."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     for parameter in trainable:
@@ -96,10 +97,19 @@ class Caller:
         self._conditioning = request.conditioning if conditioning is None else conditioning
         self._negative = request.negative if negative is None else negative
         networks = {id(n): n for n in (network.adapter.network for network in request.networks)}
+        adapters = dict.fromkeys(id(network.adapter) for network in request.networks)
+        self._networks = {key: number for number, key in enumerate(adapters)}
         self._whole = {key for key, n in networks.items() if _must_run_to_its_end(n, own_backwards)}
 
     def _evaluate(
-        self, step: int, adapter: Adapter, watch: CallWatch | None, freeze: bool, x: Tensor, conditioning: Conditioning
+        self,
+        step: int,
+        adapter: Adapter,
+        memory: CallMemory | None,
+        watch: CallWatch | None,
+        freeze: bool,
+        x: Tensor,
+        conditioning: Conditioning,
     ) -> Tensor:
         """The call itself; runs once in the forward and once more when it is recomputed in a backward."""
         request, run = self._request, self._run
@@ -113,10 +123,14 @@ class Caller:
             if id(adapter.network) in self._whole:
                 stack.enter_context(set_checkpoint_early_stop(False))  # of blocks that are checkpoints themselves
             if freeze and module is not None:
-                stack.enter_context(_frozen(module))
+                stack.enter_context(frozen(module))
             if torch.is_grad_enabled() and module is not None:
-                if request.plan.recompute == "blocks" or _checkpoints_itself_scaled(module, conditioning):
-                    stack.enter_context(recompute_blocks(module, [block for _, block in adapter.blocks()]))
+                if memory is not None or _checkpoints_itself_scaled(module, conditioning):
+                    blocks = [block for _, block in adapter.blocks()]
+                    own = None if watch is None else watch.again
+                    if own is not None:
+                        stack.enter_context(set_checkpoint_early_stop(False))  # to see each block's output
+                    stack.enter_context(recompute_blocks(module, blocks, memory, own))
             if watch is not None:
                 stack.enter_context(watch.watching())
             timestep = request.timesteps[step]
@@ -143,7 +157,17 @@ class Caller:
         """A call without gradient."""
         adapter = self._network(step).adapter
         with torch.no_grad():
-            return self._evaluate(step, adapter, self._watch(step, adapter, branch), False, x.detach(), conditioning)
+            watch = self._watch(step, adapter, branch)
+            return self._evaluate(step, adapter, None, watch, False, x.detach(), conditioning)
+
+    def _memory(self, adapter: Adapter, keep_graph: bool) -> CallMemory | None:
+        """What the blocks of one call keep; None: none is a checkpoint."""
+        plan = self._request.plan
+        blocks = [block for _, block in adapter.blocks()]
+        if plan.recompute == "call" or not blocks:
+            return None
+        keeps = plan.keeps_of(self._networks[id(adapter)], len(blocks), last=keep_graph)
+        return CallMemory(dict(zip(map(id, blocks), keeps, strict=True)), recomputed=not keep_graph)
 
     def differentiable(
         self, step: int, branch: str, x: Tensor, conditioning: Conditioning, weights: StepWeights, keep_graph: bool
@@ -159,7 +183,8 @@ class Caller:
         x = x.detach() if weights.input == 0 else scale_gradient(x, weights.input / outer)
         if freeze:
             conditioning = detach_conditioning(conditioning)
-        call = partial(self._evaluate, step, adapter, self._watch(step, adapter, branch), freeze)
+        memory, watch = self._memory(adapter, keep_graph), self._watch(step, adapter, branch)
+        call = partial(self._evaluate, step, adapter, memory, watch, freeze)
         if keep_graph:
             prediction = call(x, conditioning)
         else:

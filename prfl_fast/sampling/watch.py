@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prfl_fast.ops import backends
+
 
 class NonFiniteError(FloatingPointError):
     """A NaN or an infinity appeared; the message names step, branch and block."""
@@ -81,6 +83,17 @@ class CallWatch:
         with _hooked(self._blocks, self._see):
             yield
 
+    @property
+    def again(self) -> Callable[[nn.Module, Any], None] | None:
+        """Looks at the output of a block that is a checkpoint of its own, in its forward and in its recomputation."""
+        return self._see_block if self._recompute else None
+
+    def _see_block(self, block: nn.Module, output: Any) -> None:
+        tensor = _first_tensor(output)
+        if tensor is not None:
+            with self._undoing():
+                self._compare(next(name for name, known in self._blocks if known is block), tensor)
+
     def output(self, prediction: Tensor) -> None:
         """The prediction itself, seen as the last block."""
         self._see("output", prediction)
@@ -92,13 +105,18 @@ class CallWatch:
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: self._see_gradient(name, gradient))
         if self._recompute:
-            value = torch.hash_tensor(tensor.detach())
-            first = self._hashes.setdefault(name, value)
-            if not torch.equal(first, value):
-                raise RecomputationError(
-                    f"{self._where}, {name}: the recomputation gave other bits than the forward; the network is no "
-                    "pure function of its inputs (state kept between calls, or a kernel that is not deterministic)"
-                )
+            self._compare(name, tensor)
+
+    def _compare(self, name: str, tensor: Tensor) -> None:
+        value = torch.hash_tensor(tensor.detach())
+        first = self._hashes.setdefault(name, value)
+        if not torch.equal(first, value):
+            backend = backends.chosen() or "the best backend"
+            raise RecomputationError(
+                f"{self._where}, {name}, {backend} on {tensor.device.type}: the recomputation gave other bits than the "
+                "forward; the network is no pure function of its inputs (state kept between calls, or a kernel that is "
+                "not deterministic)"
+            )
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         with self._undoing():

@@ -19,6 +19,7 @@ KEYS = {  # of every row of the benchmarks that are no contests; see test_bench_
     "chain_memory": {"way", "steps", "peak_bytes", "network_calls", "seconds", "relative_difference"},
     "chain_overhead": {"scheduler", "solver", "graph", "forward", "forward_backward", "first_probe_ms"},
     "chunked_decode": {"way", "latent_frames", "frames", "peak_bytes", "processor_seconds"},
+    "memory_plan": {"model", "size", "device", "memory_bytes", "trained", "least_bytes", "fits"},
     "solve_chain": {"family", "blocks", "modes", "solves", "optimal", "seconds_median", "seconds_max", "megabytes"},
 }
 
