@@ -32,7 +32,14 @@ class ValidationReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-def validate(path: str | Path, *, published: PublishedOptions | None = None, progress: bool = True) -> ValidationReport:
+def validate(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    caption: str | None = None,
+    image: bool | None = None,
+    progress: bool = True,
+) -> ValidationReport:
     """Read everything that a folder of ``prfl-fast encode``, or a published ``.list``, names.
 
     Found are: lines and files that are broken or missing, tensors that are not finite, of another shape or dtype than
