@@ -25,7 +25,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], entries: int) -> None
     from safetensors.torch import save_file
 
     aside = path.with_name(path.name + PARTIAL)
-    save_file(dict(tensors), aside, metadata={"format": "pt", "entries": str(entries)})
+    # One entry of metadata: two would be written in an order that changes from run to run.
+    save_file(dict(tensors), aside, metadata={"entries": str(entries)})
     publish(aside, path)
 
 

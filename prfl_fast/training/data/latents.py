@@ -34,8 +34,9 @@ def encode_frames(pipe: Any, frames: Tensor) -> Tensor:
         ``[1, C, F, h, w]``; CogVideoX ``[1, F, C, h, w]``; LTX packed ``[1, S, C]``.
     """
     family, vae = family_of(pipe), pipe.vae
-    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
-    mode = vae.encode(pixels).latent_dist.mode()
+    # In float32 and in the order of the pipelines' own processing of videos.
+    pixels = 2.0 * (frames.to(vae.device).permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0
+    mode = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
     if family == "WanPipeline":
         latents = (mode - _channels(vae.config.latents_mean, mode)) * (1.0 / _channels(vae.config.latents_std, mode))
     elif family == "LTXPipeline":

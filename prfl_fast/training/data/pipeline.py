@@ -39,13 +39,14 @@ def load_pipeline(model: str, dtype: torch.dtype, vae_dtype: torch.dtype, device
     if name not in FAMILIES:
         raise ValueError(f"model: {model}: expected a pipeline of {', '.join(FAMILIES)}, got {name}")
     networks = {key: value for key, value in parts.items() if key.startswith("transformer") and value[0] is not None}
-    pipe = getattr(diffusers, name).from_pretrained(
-        model, torch_dtype={"vae": vae_dtype, "default": dtype}, **dict.fromkeys(networks)
-    )
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    keyword = "dtype" if (major, minor) >= (0, 42) else "torch_dtype"  # renamed; the old one warns from then on
+    dtypes = {keyword: {"vae": vae_dtype, "default": dtype}}
+    pipe = getattr(diffusers, name).from_pretrained(model, **dtypes, **dict.fromkeys(networks))
     for key, (_, kind) in networks.items():
-        config = diffusers.ConfigMixin.load_config(model, subfolder=key)
+        cls = getattr(diffusers, kind)
         with init_empty_weights():
-            empty = getattr(diffusers, kind).from_config(config)
+            empty = cls.from_config(cls.load_config(model, subfolder=key))
         setattr(pipe, key, SimpleNamespace(config=empty.config, dtype=dtype))
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
