@@ -171,7 +171,9 @@ def labels(path: Path, text: str) -> Path:
 
 
 def test_labels_are_numbers_good_or_poor(tmp_path: Path) -> None:
-    text = '\ufeffvideo, prompt, motion,sharp,start,stop\na.mp4,"a heron, ""big""",good,0.5,,\nb/ü.mp4,x,Poor,-1,1.5,2\n'
+    text = (
+        '\ufeffvideo, prompt, motion,sharp,start,stop\na.mp4,"a heron, ""big""",good,0.5,,\nb/ü.mp4,x,Poor,-1,1.5,2\n'
+    )
     first, second = read_labels(labels(tmp_path / "l.csv", text))
     assert (first.video, first.prompt, first.start, first.stop) == ("a.mp4", 'a heron, "big"', 0.0, None)
     assert first.labels == {"motion": 1.0, "sharp": 0.5}
