@@ -17,7 +17,7 @@ from prfl_fast.training.data.validate import validate
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 COUNT = 6
-LABELS = [("good", 1), (1, "poor"), (0, 0), (1.0, 1), (None, 1), (1, 0)]
+LABELS = [("good", 1), (1, "poor"), (0, 0), (1.0, 1), ("good", "good"), (1, 0)]
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def array(data: Path, number: int, name: str) -> Path:
 
 
 def test_arrays_captions_and_labels(data: Path) -> None:
+    change(data, 4, lambda meta: meta.update(physics_quality=None))
     dataset = LatentDataset(data, published=PublishedOptions(text_length=16))
     assert len(dataset) == COUNT
     assert dataset.label_names == ("human_quality",)  # the others lack for one clip
@@ -105,6 +106,11 @@ def test_a_list_that_is_whole(data: Path) -> None:
     assert (report.entries, report.findings) == (COUNT, [])
     assert report.shapes == {"1x16x2x2x3": 5, "1x16x2x3x2": 1}
     assert found(data, image=True, caption="long") == set()
+
+
+def test_a_clip_that_lacks_a_label_that_others_have(data: Path) -> None:
+    change(data, 4, lambda meta: meta.pop("physics_quality"))
+    assert found(data) == {("missing", "4.json")}
 
 
 def test_every_kind_of_damage(data: Path) -> None:

@@ -24,8 +24,7 @@ def read_index(folder: Path) -> tuple[list[Entry], list[Finding]]:
     entries: dict[str, Entry] = {}
     findings: list[Finding] = []
     lines = content.split(b"\n")
-    if lines.pop():
-        findings.append(Finding("broken", f"line {len(lines) + 1}", INDEX, "cut short; the same encode mends it"))
+    torn = lines.pop()
     for number, line in enumerate(lines, 1):
         try:
             entry = entry_from_line(line.decode())
@@ -38,6 +37,8 @@ def read_index(folder: Path) -> tuple[list[Entry], list[Finding]]:
                 findings.append(Finding("broken", entry.id, INDEX, f"line {number}: the same id again"))
             else:
                 entries[entry.id] = entry
+    if torn:
+        findings.append(Finding("broken", f"line {len(lines) + 1}", INDEX, "cut short; the same encode mends it"))
     if not entries and not findings:
         findings.append(Finding("missing", "", INDEX, "holds no entry"))
     return list(entries.values()), findings
