@@ -144,6 +144,7 @@ VARIANTS = {
     "tables of each sample": Case(angles_batch=2, tables=3),
     "middle": Case(length=9, rope=(2, 6), kind="layer", biased=True, weighted=True),
     "nothing rotated": Case(rope=(3, 3)),
+    "heads of no power of two": Case(heads=13, across=False, kind="layer", biased=True),
     "no weight": Case(weighted=False),
     "no weight, layer": Case(weighted=False, kind="layer", across=False),
     "bias alone": Case(weighted=False, biased=True),

@@ -161,3 +161,45 @@ def test_doctor_json_and_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_model_without_gradients_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--model", "somewhere"]) == 2
     assert "--gradients" in capsys.readouterr().err
+
+
+def tiny_model(folder: Path) -> list[str]:
+    config = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12} | {
+        "num_layers": 2, "ffn_dim": 48, "text_dim": 16, "freq_dim": 16,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["plan", "--model", str(folder), "--size", "64x32x5", "--steps", "2", "--reserve", "1MiB"]
+
+
+def test_a_plan_as_text_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    words = [*tiny_model(tmp_path), "--reward-blocks", "1", "--device", "h100", "--budget", "0.5"]
+    assert cli.main([*words, "--curve", str(tmp_path / "curve.svg")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("held throughout", "run again", "Times are estimates for h100, not measurements", "budget  ", "####"):
+        assert part in shown
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    assert cli.main([*words, "--json", "--gpus", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["budget_bytes"] == 40 * 10**9 and told["gpus"] == 2 and len(told["curve"]) == 12
+    assert len(told["keeps"][0]) == len(told["blocks"]) == 2
+
+
+def test_a_plan_that_can_not_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    words = [*tiny_model(tmp_path), "--reward-blocks", "0"]
+    assert cli.main([*words, "--budget", "1024"]) == 1  # bytes
+    shown = capsys.readouterr()
+    assert "the least that would do is" in shown.err and shown.out == ""
+    least = int(shown.err.split("would do is")[1].split("(")[1].split(" bytes")[0])
+    assert cli.main([*words, "--budget", f"{least}B"]) == 0
+    assert cli.main([*words, "--budget", f"{least - 1}B"]) == 1
+    capsys.readouterr()
+    for wrong, said in (
+        (["plan", "--model", "wan2.1-14b"], "did you mean 'wan2.1-t2v-14b'?"),
+        ([*words, "--size", "64x32x6"], "frames a multiple of 4 plus 1, such as 5 or 9, got 6"),
+        ([*words, "--curve", str(tmp_path / "curve.png")], "ends in .svg"),
+        ([*words, "--device", "tpu"], "device: expected one of"),
+    ):
+        assert cli.main(wrong) == 2
+        assert said in capsys.readouterr().err

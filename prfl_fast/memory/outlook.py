@@ -137,7 +137,8 @@ def ways(iteration: Iteration, device: Device) -> list[Way]:
         return [Way(False, (plain, *([scored] if scored.modes else [])), fixed)]
     fixed += times * sum(_least_walk(piece, device) for piece in call.pieces)
     last = _link(call.pieces, "last", device, stays=True)
-    after = [last, scored] + ([plain] if iteration.beside else [])
+    # Later calls without a backward end before the reward begins.
+    after = [last, *([plain] if iteration.beside else []), scored]
     kept = Link(tuple(o for link in after for o in link.owners), [m for link in after for m in link.modes])
     others = (_link(call.pieces, "calls", device, times - 1),) if times > 1 else ()
     apart = (_link(call.pieces, "calls", device, times), *([scored] if scored.modes else []))

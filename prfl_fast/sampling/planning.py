@@ -153,7 +153,7 @@ def plan_memory(
         TypeError, ValueError: bad input, named; a network that can't be traced.
         ImportError: diffusers, or peft for ``lora``, is missing.
     """
-    rates = device_named(device)
+    rates, points = device_named(device), _whole("curve", curve, 0)
     budget = _budget(memory_budget, rates)
     found = forecast(
         transformer,
@@ -170,7 +170,7 @@ def plan_memory(
         batch=batch,
         reserve=reserve,
     )
-    return found.plan(budget, rates, curve=_whole("curve", curve, 0))
+    return found.plan(budget, rates, curve=points)
 
 
 def forecast(

@@ -74,6 +74,9 @@ def test_a_shard_that_is_cut_short(keep: float, folder: Path) -> None:
     assert {file for _, _, file in wrong} == {"shard-00001.safetensors"}
     assert {entry for _, entry, _ in wrong} <= {f"{n}.mkv@0.000" for n in (4, 5, 6)}
     assert wrong
+    details = {finding.detail for finding in validate(folder, progress=False).findings}
+    expected = "bytes, expected" if keep == 0.5 else "cut short in its header"
+    assert all(expected in detail for detail in details)
 
 
 def test_a_bit_that_flipped(folder: Path) -> None:

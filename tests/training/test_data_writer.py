@@ -127,12 +127,12 @@ def write_until_killed(folder: Path, moment: int) -> None:
             inner = self._index
 
             class Torn:
-                def write(self, lines: bytes) -> None:
+                def write(self, lines: bytes) -> int:
                     between = lines.find(b"\n") + 1
                     for part in (lines[: between // 2], lines[between // 2 : between], lines[between:]):
                         inner.write(part)
-                        inner.flush()
                         killer.tick()
+                    return len(lines)
 
                 def __getattr__(self, name: str) -> Any:
                     return getattr(inner, name)
@@ -179,6 +179,51 @@ def test_an_interruption_keeps_what_is_complete(tmp_path: Path) -> None:
             writer.add(**clip(number))
         raise KeyboardInterrupt
     assert len(read_index(tmp_path)[0]) == 5
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_an_interruption_amid_a_flush(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = moment
+
+    def interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal left
+            result = function(*arguments)
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 3) as writer:
+        for name in ("replace", "fsync", "ftruncate"):
+            monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
+        for number in range(8):
+            writer.add(**clip(number))
+    monkeypatch.undo()
+    entries, findings = read_index(tmp_path)
+    assert not findings
+    assert [entry.id for entry in entries] == [f"{number}.mkv@0.000" for number in range(len(entries))]
+    assert len(entries) == (3 if moment <= 5 else 6)  # five calls a shard; the shard in hand is finished
+
+
+def test_writes_that_the_system_takes_in_parts(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / ".", 2) as writer:
+        inner = writer._index
+
+        class Short:
+            def write(self, lines: bytes) -> int:
+                return inner.write(lines[:100])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(inner, name)
+
+        writer._index = Short()  # type: ignore[assignment]
+        for number in range(4):
+            writer.add(**clip(number))
+    entries, findings = read_index(tmp_path)
+    assert (len(entries), findings) == (4, [])
 
 
 def test_a_full_disk_is_an_error_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

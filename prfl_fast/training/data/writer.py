@@ -40,7 +40,8 @@ class ShardWriter:
     def __init__(self, folder: Path, clips_per_shard: int) -> None:
         self.folder = folder
         self._limit = clips_per_shard
-        self._index = (folder / INDEX).open("a+b")
+        # Unbuffered: bytes that wait in this process would be written twice after an interruption.
+        self._index = (folder / INDEX).open("a+b", buffering=0)
         try:
             fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -115,8 +116,9 @@ class ShardWriter:
         write_shard(self.folder / self._shard, self._tensors, len(self._pending))
         os.ftruncate(self._index.fileno(), self._end)  # lines of a flush that was interrupted
         lines = "".join(entry.to_line() + "\n" for entry in self._pending).encode()
-        self._index.write(lines)
-        self._index.flush()
+        written = 0
+        while written < len(lines):
+            written += self._index.write(lines[written:])
         os.fsync(self._index.fileno())
         self.entries.update((entry.id, entry) for entry in self._pending)
         self._end += len(lines)
@@ -136,7 +138,7 @@ class ShardWriter:
         merged = self.entries | changed
         aside = self.folder / f"{INDEX}{PARTIAL}"
         aside.write_bytes("".join(entry.to_line() + "\n" for entry in merged.values()).encode())
-        fresh = aside.open("a+b")
+        fresh = aside.open("a+b", buffering=0)
         fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock lies on the file, and this is another file
         publish(aside, self.folder / INDEX)
         self._index.close()
