@@ -95,6 +95,29 @@ def bench(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed(reports) else 0
 
 
+def encode(options: argparse.Namespace) -> int:
+    """Videos and labels to latents and text states; see :func:`prfl_fast.training.data.encode.encode`."""
+    from prfl_fast.training.data.encode import EncodeSettings, describe
+    from prfl_fast.training.data.encode import encode as run_encode
+
+    given = {k: v for k, v in vars(options).items() if k not in {"command", "run", "traceback", "strict"}}
+    length = given.pop("max_sequence_length", None)
+    extra = {} if length is None else {"max_sequence_length": length}
+    report = run_encode(EncodeSettings(**given, pipeline_options=extra))
+    print(describe(report))
+    return EXIT_FAILED if not report.total or (report.left_out and options.strict) else 0
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Read every entry of encoded data; see :func:`prfl_fast.training.data.validate.validate`."""
+    from prfl_fast.training.data.validate import describe, to_json
+    from prfl_fast.training.data.validate import validate as run_validate
+
+    report = run_validate(options.path, root=options.root, caption=options.caption, image=options.image)
+    print(to_json(report) if options.json else describe(report))
+    return EXIT_FAILED if report.findings else 0
+
+
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -161,7 +184,54 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the JSON; what goes on is told on stderr")
     command.add_argument("--tiny", action="store_true", help="next to no work: a smoke test")
     _add_traceback(command)
+
+    _add_encode(commands)
+    _add_validate(commands)
     return parser
+
+
+def _add_encode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "encode",
+        help="videos and labels to latents and text states that training reads",
+        description="Goes on with what is in the folder. Exit code 1 when there is nothing that could be encoded.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.set_defaults(run=encode, strict=False)
+    command.add_argument("videos", metavar="VIDEOS", help="a folder, searched below too, or one file")
+    command.add_argument(
+        "--labels", metavar="CSV", required=True, help="columns video, prompt, start and stop (seconds), labels"
+    )
+    command.add_argument("--model", metavar="PATH_OR_ID", required=True, help="Wan, HunyuanVideo, LTX or CogVideoX")
+    command.add_argument("--output", metavar="DIR", required=True, help="where shards and index go")
+    command.add_argument(
+        "--buckets", nargs="+", metavar="HxWxF", help="height x width x frames (none: the pipeline's own, both ways)"
+    )
+    command.add_argument("--fps", type=float, help="frames a second of the clips (none: what the model is made for)")
+    command.add_argument("--clips", type=int, metavar="N", help="at most N clips of each line of the CSV (1)")
+    command.add_argument("--clips-per-shard", type=int, metavar="N", help="written together (64)")
+    command.add_argument("--dtype", metavar="DTYPE", help="of the text states (bfloat16)")
+    command.add_argument("--vae-dtype", metavar="DTYPE", help="of the VAE and the latents (float32)")
+    command.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (none: the GPU if any)")
+    command.add_argument("--vae-tiling", action="store_true", help="less memory, slightly other latents")
+    command.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of the text (the pipeline's)")
+    command.add_argument("--strict", action="store_true", help="exit code 1 when anything was left out")
+    _add_traceback(command)
+
+
+def _add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "validate",
+        help="read and check every entry of encoded data before anything trains",
+        description="Exit code 1 when an entry is broken, missing, not finite or of the wrong shape.",
+    )
+    command.set_defaults(run=validate)
+    command.add_argument("path", metavar="DATA", help="a folder of prfl-fast encode, or a published .list")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--root", metavar="DIR", help=".list: the folder that its files lie in (the list's own)")
+    command.add_argument("--caption", choices=("short", "long"), help=".list: which caption (short)")
+    command.add_argument("--image", action="store_true", default=None, help=".list: image to video's arrays too")
+    _add_traceback(command)
 
 
 def _add_traceback(command: argparse.ArgumentParser) -> None:

@@ -32,12 +32,13 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"charts", "ops", "solvers", "memory", "models", "pixels"},
     "reward": {"ops", "models"},
     "demo": {"charts", "sampling", "reward", ""},  # uses the public face, as a user does
+    "training": {"models", "pixels", "reward", "sampling", ""},
     "twin": set(),
     "exactness": {"sampling", "twin"},
     "doctor": {"_env", "exactness", "memory", "ops", ""},
     "compile": {"kernels"},
     "benchmarks": {"ops", "memory", ""},
-    "cli": {"benchmarks", "compile", "demo", "doctor", ""},
+    "cli": {"benchmarks", "compile", "demo", "doctor", "training", ""},
     "": {"memory", "models", "pixels", "reward", "sampling", "solvers"},  # prfl_fast/__init__.py, the public face
 }
 

@@ -1,0 +1,1 @@
+"""Training real models: encoded data, and what the recipes need."""
