@@ -263,10 +263,12 @@ def _trace(
         ]
         args, kwargs = tree_unflatten(own, structure)
         outputs = [t for t in tensors_in(run(*args, **kwargs)) if t.requires_grad]
-        total = Sink.apply(lambda: walks.append((tracer.mark(), len(windows))), *outputs) if outputs else None
+        total: Tensor | None = None
+        if outputs:
+            total = Sink.apply(lambda: walks.append((tracer.mark(), len(windows))), *outputs)  # type: ignore[no-untyped-call]
         del own, args, kwargs, outputs
         windows.append((start, tracer.mark()))
-        return total  # type: ignore[no-any-return]
+        return total
 
     def body(_: Tensor) -> list[Tensor | None]:
         memory.begin()

@@ -52,6 +52,11 @@ def triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def chosen() -> str | None:
+    """The backend that :func:`backend` names now."""
+    return _chosen
+
+
 _covered: dict[int | None, bool] = {}
 
 
