@@ -38,7 +38,7 @@ class BlockCost:
         backward: peak of the backward above ``kept``, gradients of the output included, where gradients of parameters
             and shared inputs are in place.
         backward_growing: the same where they are not: the new ones are in it.
-        stays: what the backward holds longer where the call's graph is kept from its forward on: the block's own inputs.
+        stays: what the backward holds longer where the call's graph is kept from its forward on: its own inputs.
         forward: work of the forward.
         walked: work of the backward, recomputation included.
     """
