@@ -38,7 +38,7 @@ class BlockCost:
         backward: peak of the backward above ``kept``, gradients of the output included, where gradients of parameters
             and shared inputs are in place.
         backward_growing: the same where they are not: the new ones are in it.
-        stays: what the backward holds longer where the call's graph is kept from its forward on: the block's own inputs.
+        stays: what the backward holds longer where the call's graph is kept from its forward on: its own inputs.
         forward: work of the forward.
         walked: work of the backward, recomputation included.
     """
@@ -263,10 +263,12 @@ def _trace(
         ]
         args, kwargs = tree_unflatten(own, structure)
         outputs = [t for t in tensors_in(run(*args, **kwargs)) if t.requires_grad]
-        total = Sink.apply(lambda: walks.append((tracer.mark(), len(windows))), *outputs) if outputs else None
+        total: Tensor | None = None
+        if outputs:
+            total = Sink.apply(lambda: walks.append((tracer.mark(), len(windows))), *outputs)  # type: ignore[no-untyped-call]
         del own, args, kwargs, outputs
         windows.append((start, tracer.mark()))
-        return total  # type: ignore[no-any-return]
+        return total
 
     def body(_: Tensor) -> list[Tensor | None]:
         memory.begin()

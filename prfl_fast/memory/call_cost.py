@@ -153,7 +153,10 @@ class _Outputs:
         """Bytes of the gradients of the new outputs."""
         return sum(storage_bytes(t) for t in self._made if isinstance(t, Tensor) and t.is_floating_point())
 
-    def stand_in(self, leaves: Sequence[Any], trained: bool, moment: Callable[[], None], saved: Sequence[Tensor] = ()) -> Any:
+    def stand_in(
+        self, leaves: Sequence[Any], trained: bool, moment: Callable[[], None], saved: Sequence[Tensor] = ()
+    ) -> Any:
+        """Outputs like the block's, made of nothing; ``saved`` is kept for the backward, which ``moment`` is told of."""
         templates = [t for t in self._made if isinstance(t, Tensor)]
         wanting = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if trained and torch.is_grad_enabled():
@@ -167,7 +170,9 @@ class _StandIn(torch.autograd.Function):
     """Makes outputs like the block's from nothing, and in the backward gradients like its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, moment: Callable[[], None], templates: list[Tensor], saved: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, moment: Callable[[], None], templates: list[Tensor], saved: Sequence[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.moment = moment
         ctx.save_for_backward(*saved)  # as a checkpoint does
         ctx.inputs = [(t.shape, t.dtype, t.new_empty(0)) for t in inputs]
@@ -457,12 +462,12 @@ class _Profile:
         return [max(0, *sums[: place + 1]) for place in range(len(sums))]
 
     def _walk(self, number: int, sums: list[int], end: Mark) -> _Walk:
-        """One backward: of each gap its peak above what gaps up to it keep, of each block what others hold beside it."""
+        """One backward: of each gap its peak above what gaps up to it keep, of each block what is beside it."""
         marks, count = self._walks[number], len(self._traces)
         runs = self._runs[self._count :]
         base = runs[number][0].live if number < len(runs) else marks[0].live
         ends = [*reversed(marks[1:]), end] if len(marks) == count + 1 else [end] * (count + 1)
-        # ends[i]: where block i is reached, i = count: where the walk ends; gap i is walked until block i - 1 is reached.
+        # ends[i]: where block i is reached, the last one: where all ends. Gap i is walked until block i - 1 is reached.
         reached, over = ends[:count], ends[count]
         gaps = [
             max(0, (over if place == 0 else reached[place - 1]).peak - base - sums[place]) for place in range(count + 1)
@@ -488,4 +493,5 @@ class _Walk:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key

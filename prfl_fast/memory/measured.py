@@ -28,14 +28,16 @@ def measured_device(device: torch.device) -> Device:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     folder = cache_directory()
-    path = None if folder is None else folder / f"rates-{re.sub(r'[^A-Za-z0-9.]+', '-', f'{name}-{torch.__version__}')}.json"
+    file = re.sub(r"[^A-Za-z0-9.]+", "-", f"rates-{name}-{torch.__version__}") + ".json"
+    path = None if folder is None else folder / file
     known = None if path is None else _read(path)
     if known is None:
         known = measure(device)
         if path is not None:
             _write(path, known)
     memory = int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
-    return Device(name, *(known[rate] for rate in _RATES), memory, "measured on this device")
+    product, attention, wide, copy = (known[rate] for rate in _RATES)
+    return Device(name, product, attention, wide, copy, memory, "measured on this device")
 
 
 def measure(device: torch.device, size: int = 4096, tokens: int = 8192) -> dict[str, float]:

@@ -128,7 +128,7 @@ def _put_back(container: Any, content: Any) -> None:
 
 
 def real_leaf(nodes: Iterable[Any], own: Iterable[Tensor] = ()) -> Tensor | None:
-    """A leaf of these nodes' graph that is no twin, nor one of ``own``: a backward would leave a fake gradient there."""
+    """A leaf of these nodes' graph that is neither a twin nor of ``own``: it would be left with a fake gradient."""
     known = {id(t) for t in own}
     seen: set[Any] = set()
     stack: list[Any] = list(nodes)

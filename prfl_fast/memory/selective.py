@@ -51,7 +51,7 @@ class _Saving(TorchDispatchMode):
     def __enter__(self) -> Any:
         self._kept.outputs.clear()  # of a backward before, whose recomputation ended early
         self._labels = Labels(self._block)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> Any:
         self._labels = None
@@ -83,7 +83,7 @@ class _Using(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         self._labels = Labels(self._block)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> Any:
         self._labels = None

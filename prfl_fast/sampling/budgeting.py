@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from prfl_fast.memory.budget import parse_budget
 from prfl_fast.memory.call_cost import BlockTraces, CallCost, stand_ins, trace_call
-from prfl_fast.memory.choice import Choice, Forward, KeptCall, Keeps, Moments, Walk, choose, extra_of, peak_of
+from prfl_fast.memory.choice import Choice, Forward, Keeps, KeptCall, Moments, Walk, choose, peak_of
 from prfl_fast.memory.keeps import ALL, NOTHING
 from prfl_fast.memory.measured import measured_device
 from prfl_fast.memory.plan import Alternative, InfeasibleBudget, MemoryPlan, PlannedBlock
@@ -111,7 +111,7 @@ def _chosen(
         alternatives = (*looked, *(way for way in least if way.peak_bytes < min(a.peak_bytes for a in looked)))
         raise InfeasibleBudget(budget, min(way.peak_bytes for way in alternatives), alternatives)
     choice, way = best
-    common = {"budget_bytes": budget, "predicted_peak_bytes": choice.peak + resident, "alternatives": tuple(looked)}
+    common: dict[str, Any] = {"budget_bytes": budget, "predicted_peak_bytes": choice.peak + resident, "alternatives": tuple(looked)}
     common |= {"extra_ns": choice.extra_ns, "times_from": f"{device.name}, {device.source}"}
     for name, keep in uniform:
         if all(k == keep for row in (*choice.keeps, choice.last or ()) for k in row):

@@ -51,7 +51,7 @@ def test_json_and_text() -> None:
 
 
 def test_a_plan_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="recompute: expected one of 'call', 'blocks', got 'block'"):
+    with pytest.raises(ValueError, match="recompute: expected one of 'call', 'blocks', 'planned', got 'block'"):
         MemoryPlan("block")
     with pytest.raises(TypeError, match="keep_last_call"):
         MemoryPlan("call", 1)  # type: ignore[arg-type]

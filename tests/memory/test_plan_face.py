@@ -391,7 +391,7 @@ def random_call(rng: random.Random, blocks: int) -> CallCost:
     for block in range(blocks):
         pieces.append(random_piece(rng, block, (ALL, NOTHING, "attention")))
         pieces.append(random_piece(rng, None, (ALL,)))
-    return CallCost(tuple(pieces), rng.randint(0, 60), Work(product=rng.randint(1, 9)))
+    return CallCost(tuple(pieces), rng.choice((20, 60, 160)), Work(product=rng.randint(1, 9)))
 
 
 def walked(costs: tuple[BlockCost, ...], live: int, *, stays: bool, between: int = 0) -> int:
@@ -435,7 +435,7 @@ def enumerated(it: Iteration, budget: int) -> tuple[int | None, int]:
     return min((time for peak, time in best if peak <= budget), default=None), min(peak for peak, _ in best)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(40))
 def test_the_fastest_of_all_plans(seed: int) -> None:
     rng = random.Random(seed)
     it = Iteration(
@@ -452,5 +452,6 @@ def test_the_fastest_of_all_plans(seed: int) -> None:
         outcome = plan_iteration(it, budget, PLAIN)
         assert outcome.peak_bytes <= budget
         assert outcome.total_ns == enumerated(it, budget)[0]
+        assert enumerated(it, outcome.peak_bytes)[0] == outcome.total_ns  # and its peak is no understatement
     with pytest.raises(prfl_fast.InfeasibleBudget):
         plan_iteration(it, low - 1, PLAIN)

@@ -179,12 +179,14 @@ def test_the_measured_peak_stays_within_every_budget_that_is_accepted(name: str)
     wide = torch.promote_types(next(case.net.parameters()).dtype, case.latents.dtype)
     latent = storage_bytes(torch.empty_like(case.latents, dtype=wide))
     for way in ways:
-        first = next(other for other in ways if other.peak_bytes <= way.peak_bytes)
         with LiveBytes() as live:
             plan = case.sample(memory_budget=way.peak_bytes).plan
-        assert (plan.recompute, plan.keep_last_call) == (first.recompute, first.keep_last_call)
+        assert plan.predicted_peak_bytes <= way.peak_bytes
+        assert case.measured(plan=plan) <= plan.predicted_peak_bytes
         # The trace itself is not in the caller's count: only what the sampling made.
         assert live.peak <= way.peak_bytes
+        if way.recompute == "planned":  # blocks that keep different things need less than any one keep-set for all
+            continue
         measured = case.measured(plan=prfl_fast.MemoryPlan(way.recompute, way.keep_last_call))
         assert measured <= way.peak_bytes <= measured + 10 * latent
     smaller = min(way.peak_bytes for way in ways) - 1
@@ -203,6 +205,8 @@ def test_every_family_can_be_predicted(name: str) -> None:
     held = [twin.latents, *twin.conditioning.values(), *net.parameters(), *net.buffers()]
     storages = {t.untyped_storage()._cdata: storage_bytes(t) for t in held if isinstance(t, Tensor)}
     for way in caught.value.alternatives:
+        if way.recompute == "planned":
+            continue
         plan = prfl_fast.MemoryPlan(way.recompute, way.keep_last_call)
         with LiveBytes() as live:
             sample = prfl_fast.unrolled_sample(*arguments, conditioning=twin.conditioning, plan=plan)
@@ -218,9 +222,10 @@ def test_recomputed_blocks_lower_the_peak(dtype: torch.dtype) -> None:
     """Wan's blocks hold most of a call's graph, so what is saved is more than a third of what is beside the weights."""
     case = wan(dtype)
     ways = case.alternatives()
-    assert [way.recompute for way in ways] == ["call", "blocks"]
+    assert [way.recompute for way in ways[:2]] == ["call", "blocks"]
     assert ways[1].peak_bytes < ways[0].peak_bytes
-    assert case.sample(memory_budget=ways[0].peak_bytes - 1).plan.recompute == "blocks"
+    plan = case.sample(memory_budget=ways[0].peak_bytes - 1).plan
+    assert plan.recompute == "planned" and plan.extra_ns < case.sample(memory_budget=ways[1].peak_bytes).plan.extra_ns
     assert case.sample(memory_budget="1TiB").plan.recompute == "call"
 
 

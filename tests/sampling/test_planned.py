@@ -7,16 +7,14 @@ peak is at one of two neighbouring moments, the bytes beside both are counted.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tinyfamilies
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import prfl_fast
-from prfl_fast.memory.keeps import LABELS, unions
 from prfl_fast.memory.trace import LiveBytes, storage_bytes
 from prfl_fast.sampling import budgeting
 
@@ -73,7 +71,8 @@ class Problem:
 
 
 def same(made: list[Tensor | None], expected: list[Tensor | None]) -> bool:
-    return all((a is None) == (e is None) and (a is None or e is None or torch.equal(a, e)) for a, e in zip(made, expected, strict=True))
+    pairs = list(zip(made, expected, strict=True))
+    return all(e is None if a is None else e is not None and torch.equal(a, e) for a, e in pairs)
 
 
 @pytest.fixture
@@ -101,7 +100,6 @@ def test_any_budget(
     least = problem.least()
     generator = random.Random(7)
     count = 30 if pytestconfig.getoption("--full") else 2
-    ratios = []
     for budget in (least, *(generator.randint(least, max(least, most)) for _ in range(count))):
         plan = problem.sample(memory_budget=budget).plan
         made, measured = problem.gradients(plan=plan)
