@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from prfl_fast.memory.trace import tensors_in
 
@@ -117,6 +116,14 @@ def device_named(name: str) -> Device:
     return DEVICES[name]
 
 
+@cache
+def _flop_formulas() -> dict[Any, Any]:
+    # Imported late: it brings triton where that is installed.
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
+
 def work_of(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
     """The work of one operation as a dispatch mode sees it; views have none."""
     kind = _kind(func)
@@ -127,7 +134,7 @@ def work_of(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
         return Work(moved=sum(t.numel() * t.element_size() for t in (*given, *made)))
     half = bool(given) and given[0].dtype in _HALF
     if kind == "product":
-        flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
+        flops = int(_flop_formulas()[func._overloadpacket](*args, **kwargs, out_val=result))
         return Work(product=flops) if half else Work(wide=flops)
     flops = _attention_flops(func, given)
     return Work(attention=flops) if half else Work(wide=flops)
@@ -141,7 +148,7 @@ def _kind(func: Any) -> str:
     name = str(func.name())
     if "attention" in name.lower():
         return "attention"
-    if func._overloadpacket in flop_registry:
+    if func._overloadpacket in _flop_formulas():
         return "product"
     returned = func._schema.returns
     is_view = bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
