@@ -156,7 +156,7 @@ class _Outputs:
     def stand_in(
         self, leaves: Sequence[Any], trained: bool, moment: Callable[[], None], saved: Sequence[Tensor] = ()
     ) -> Any:
-        """Outputs like the block's, made of nothing; ``saved`` is kept for the backward, which ``moment`` is told of."""
+        """Outputs like the block's, made of nothing; ``saved`` is kept for the backward, which calls ``moment``."""
         templates = [t for t in self._made if isinstance(t, Tensor)]
         wanting = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if trained and torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """From the costs of calls and the moments of a chain to the fastest keep-sets that stay below a budget.
 
-A chain is a row of moments: forwards of network calls, and backwards ("walks"), each with the bytes beside it. Calls that are recomputed share one keep-set a block; the last differentiated call, whose graph may be kept from its
+A chain is a row of moments: forwards of network calls, and backwards ("walks"), each with the bytes beside it.
+Calls that are recomputed share one keep-set a block; the last differentiated call, whose graph may be kept from its
 forward on, has its own. So there are two chains of blocks, each solved by :func:`prfl_fast.memory.solve_chain`.
 """
 

@@ -1,7 +1,7 @@
 """Keep-sets: which outputs of a checkpointed block stay from its forward to its backward instead of being recomputed.
 
 A keep-set is written as ``"all"`` (the block is no checkpoint), ``"nothing"`` (it keeps its inputs), or as a union of
-:data:`LABELS` joined by ``+``, for example ``"attention+feed_forward"``. An operation belongs to a label by its own name
+:data:`LABELS` joined by ``+``, as in ``"attention+feed_forward"``. An operation belongs to a label by its own name
 (attention, norms) or by the name of the parameter that it multiplies (projections), so that fused and plain blocks are
 covered by the same words, and what is kept depends on the block alone.
 
@@ -24,7 +24,7 @@ from prfl_fast.memory.trace import tensors_in
 
 ALL, NOTHING = "all", "nothing"
 
-# attention: output and log-sum-exp; qk: normed and rotated queries and keys; qkv: the projections into attention, packed
+# attention: output and log-sum-exp; qk: normed, rotated queries and keys; qkv: the projections into attention, packed
 # or not; feed_forward: the pre-activation; output: every other product, out of attention and feed-forward; norms: the
 # normed tensors with their statistics.
 LABELS = ("attention", "qk", "qkv", "feed_forward", "output", "norms")
@@ -67,7 +67,8 @@ def parse_keep(keep: str) -> frozenset[str] | None:
     unknown = [word for word in words if word not in LABELS]
     if unknown or len(set(words)) != len(words):
         raise ValueError(
-            f"keep: expected {ALL!r}, {NOTHING!r}, or some of {', '.join(LABELS)} joined by '+', each once, got {keep!r}"
+            f"keep: expected {ALL!r}, {NOTHING!r}, or some of {', '.join(LABELS)} joined by '+', each once, "
+            f"got {keep!r}"
         )
     return frozenset(words)
 

@@ -27,7 +27,7 @@ Watch = Callable[[nn.Module, Any], None]
 
 
 class _Kept:
-    """Kept outputs of one run of a block, in the order of its operations; None for one that has not stayed as it was."""
+    """Kept outputs of one run of a block, in the order of its operations; None for one that was written into."""
 
     def __init__(self) -> None:
         self.outputs: deque[tuple[Any, Any]] = deque()

@@ -111,8 +111,9 @@ def _chosen(
         alternatives = (*looked, *(way for way in least if way.peak_bytes < min(a.peak_bytes for a in looked)))
         raise InfeasibleBudget(budget, min(way.peak_bytes for way in alternatives), alternatives)
     choice, way = best
-    common: dict[str, Any] = {"budget_bytes": budget, "predicted_peak_bytes": choice.peak + resident, "alternatives": tuple(looked)}
-    common |= {"extra_ns": choice.extra_ns, "times_from": f"{device.name}, {device.source}"}
+    common: dict[str, Any] = {"budget_bytes": budget, "predicted_peak_bytes": choice.peak + resident}
+    common |= {"alternatives": tuple(looked), "extra_ns": choice.extra_ns}
+    common |= {"times_from": f"{device.name}, {device.source}"}
     for name, keep in uniform:
         if all(k == keep for row in (*choice.keeps, choice.last or ()) for k in row):
             return MemoryPlan(name, way.keep_last_call, **common)
@@ -227,9 +228,11 @@ def _moments(
     gradients = _Gradients(request, eager, graph, [events[k] for k in backwards])
     walks: list[Walk] = []
     kept: KeptCall | None = None
+    besides = {len(events) - 1: 0}  # gradients at the end of what lies between two events
     for k in backwards:
         event = events[k]
         beside, growing = gradients.walk(event)
+        besides[k] = besides[k - 1] = beside
         again = events[k - 1].what == "again"
         live = (events[k - 1].live if again else event.live) + beside
         if graph == "steps":
@@ -239,9 +242,10 @@ def _moments(
             walks.append(walk)
         elif kept_at is not None:
             kept = KeptCall(walk, events[kept_at].live)
+    besides[len(events) - 1] = gradients.standing
     inside = [] if kept_at is None else events[kept_at + 1 : kept_until + 1]
     peak_beside = max((event.peak for event in inside), default=0)
-    peak = max(event.peak for event in events) + gradients.most
+    peak = max(event.peak + besides.get(k, 0) for k, event in enumerate(events))
     made = tuple(
         Forward(events[k].live, costs.of(events[k].kind).plain_peak, kept_at is not None and k > kept_at)
         for k in forwards
@@ -329,7 +333,6 @@ class _Gradients:
         self._done: dict[Any, int] = {}
         self._standing: dict[int, int] = {}  # `.grad` that the chain has made, by network
         self._buffers: dict[int, int] = {}  # sums that wait, by network
-        self.most = 0
 
     def _pass(self, event: Event) -> Any:
         """Walks whose gradients are handed over together."""
@@ -352,8 +355,12 @@ class _Gradients:
             if done + 1 == count:
                 self._buffers.pop(network, None)
                 self._standing[network] = self._new[network]
-        self.most = max(self.most, sum(self._standing.values()) + sum(self._buffers.values()))
         return beside, growing
+
+    @property
+    def standing(self) -> int:
+        """Bytes that the walks so far leave."""
+        return sum(self._standing.values()) + sum(self._buffers.values())
 
 
 def _forward_and_backward(request: Request, graph: str) -> None:

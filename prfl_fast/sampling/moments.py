@@ -1,4 +1,4 @@
-"""What lives beside each network call of a chain: the chain itself runs on fake tensors, with stand-ins for its calls."""
+"""What lives beside each network call of a chain, which runs on fake tensors with stand-ins for its calls."""
 
 from __future__ import annotations
 
