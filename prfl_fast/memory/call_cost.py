@@ -446,8 +446,8 @@ class _Profile:
                 replace(
                     c,
                     forward_peak=c.forward_peak + entered[place] - sums[place],
-                    backward=c.backward + beside,
-                    backward_growing=c.backward_growing + growing.beside[place] + later[place + 1],
+                    backward=max(0, c.backward + beside),
+                    backward_growing=max(0, c.backward_growing + growing.beside[place] + later[place + 1]),
                 )
                 for c in self._traces[place].costs
             )
@@ -473,9 +473,9 @@ class _Profile:
             max(0, (over if place == 0 else reached[place - 1]).peak - base - sums[place]) for place in range(count + 1)
         ]
         work = [(over if place == 0 else reached[place - 1]).work for place in range(count + 1)]
+        # Below zero where the prediction's gradient, which is there when the walk begins, has been let go.
         beside = [
-            max(0, reached[place].live - base - sums[place] - self._outputs[place].cotangents())
-            for place in range(count)
+            reached[place].live - base - sums[place] - self._outputs[place].cotangents() for place in range(count)
         ]
         return _Walk(gaps, beside, work)
 

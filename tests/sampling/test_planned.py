@@ -1,7 +1,7 @@
 """Plans by budget: the gradient of full recomputation bit for bit, and a peak that was predicted and stays below.
 
-Measured are live storages of the real chain on the CPU, what the prediction is about. It may be higher by 5 %: where a
-peak is at one of two neighbouring moments, the bytes beside both are counted.
+Measured are live storages of the real chain on the CPU, what the prediction is about. It may be higher by 5 %, and by
+one latent in float32, which these tiny networks see: it is counted beside a call from its begin to its end.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def test_any_budget(
         assert same(made, expected)
         assert measured <= budget
         assert plan.predicted_peak_bytes is not None
-        assert measured <= plan.predicted_peak_bytes <= min(budget, 1.05 * measured), plan
+        assert measured <= plan.predicted_peak_bytes <= budget
+        assert plan.predicted_peak_bytes <= 1.05 * measured + storage_bytes(problem.latents), plan
     with pytest.raises(prfl_fast.InfeasibleBudget):
         problem.sample(memory_budget=least - 1)
