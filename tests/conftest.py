@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -28,6 +29,14 @@ def _same_start_same_end(request: pytest.FixtureRequest) -> Iterator[None]:
         left.append("another default dtype")
     if left:
         pytest.fail(f"the test leaves {' and '.join(left)}")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: a shell starts what it puts in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import plainloop
@@ -78,14 +77,6 @@ class Interrupting(torch.autograd.Function):
         if ctx.now:
             os.kill(os.getpid(), signal.SIGINT)
         return gradients[0], None
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handler: a shell starts what it puts in the background with the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")

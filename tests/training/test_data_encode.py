@@ -229,6 +229,7 @@ def test_killed_and_started_again(world: Path, tmp_path: Path) -> None:
         assert content(folder) == content(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_130_and_the_same_command_goes_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
